@@ -1,0 +1,47 @@
+"""Arguments that several functions take, checked in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def check_count(owner: str, name: str, count: Any) -> None:
+    """Raise a clear error when `count` is no whole number from 1 on.
+
+    Raises:
+        TypeError: `count` is no int (a bool is none).
+        ValueError: `count` is below 1.
+    """
+    if isinstance(count, bool) or not isinstance(count, int | np.integer | torch.SymInt):
+        raise TypeError(
+            f"{owner} expects {name} to be an int, got {count!r} ({type(count).__name__})"
+        )
+    if count < 1:
+        raise ValueError(f"{owner} expects {name} to be at least 1, got {count}")
+
+
+def check_generator(owner: str, generator: Any, device: torch.device) -> None:
+    """Raise a clear error when `owner` cannot draw from `generator` on `device`.
+
+    Raises:
+        TypeError: `generator` is no `torch.Generator`, `numpy.random.RandomState` or None.
+        ValueError: a `torch.Generator` of another kind of device than `device`.
+    """
+    if generator is None or isinstance(generator, np.random.RandomState):
+        return
+    if not isinstance(generator, torch.Generator):
+        kind = type(generator)
+        raise TypeError(
+            f"{owner} expects generator to be a torch.Generator, a numpy.random.RandomState or "
+            f"None, got {kind.__module__}.{kind.__qualname__}; make one with "
+            "torch.Generator().manual_seed(0) or, for the book's stream, "
+            "numpy.random.RandomState(0)"
+        )
+    if generator.device.type != device.type and device.type != "meta":
+        raise ValueError(
+            f"{owner} on {device} expects a torch.Generator on {device.type}, got one on "
+            f"{generator.device}; make one with torch.Generator({device.type!r})"
+        )

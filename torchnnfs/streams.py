@@ -1,0 +1,58 @@
+"""Where random numbers come from: a `torch.Generator`, or the book's NumPy stream."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import nnfs
+import numpy as np
+import torch
+
+#: What every `generator` argument takes.
+Generator = torch.Generator | np.random.RandomState | None
+
+_PATCHED = [(np, "dot"), (np, "zeros"), (np, "eye"), (np.random, "randn")]
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]:
+    """NumPy as `nnfs.init()` leaves it, for the length of a `with` block.
+
+    Inside, ``np.dot`` accumulates in float64 and returns float32, and ``np.zeros``, ``np.eye``
+    and ``np.random.randn`` give float32. Afterwards, also after an exception and when nested,
+    these four and NumPy's global random state are what they were before.
+
+    NumPy's functions belong to the whole process, so other threads see the change too; a second
+    thread that enters waits for the first to leave.
+
+    Args:
+        generator: the stream that ``np.random.randn`` draws from. None: NumPy's global stream,
+            seeded with 0 as ``nnfs.init()`` does.
+
+    Example:
+        >>> import numpy as np
+        >>> with book_numpy():
+        ...     print(np.random.randn(2), np.zeros(1).dtype)
+        [1.7640524  0.40015721] float32
+        >>> np.zeros(1).dtype
+        dtype('float64')
+
+    Source: package ``nnfs``, function ``init``; it has no undo of its own.
+    """
+    with _LOCK:
+        before = [getattr(*place) for place in _PATCHED]
+        state = np.random.get_state(legacy=False)
+        try:
+            if generator is None:
+                nnfs.init()
+            else:
+                np.random.randn = generator.randn
+                nnfs.init(random_seed=None)
+            yield
+        finally:
+            for (module, name), function in zip(_PATCHED, before, strict=True):
+                setattr(module, name, function)
+            np.random.set_state(state)

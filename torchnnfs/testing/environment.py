@@ -1,0 +1,49 @@
+"""What the numbers of a run depend on: versions, devices and torch's settings."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+
+def describe(devices: Iterable[str]) -> dict[str, str]:
+    """Versions, the names of `devices`, and how torch multiplies matrices."""
+    return {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "nnfs": version("nnfs"),
+        "python": platform.python_version(),
+        **{f"device {name}": device_name(torch.device(name)) for name in dict.fromkeys(devices)},
+        "float32 matmul precision": matmul_precision(),
+        "TF32": "on" if tf32_is_on() else "off",
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The name of an accelerator as its driver gives it, or what torch makes of the CPU."""
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"
+    module = torch.get_device_module(device)
+    name = getattr(module, "get_device_name", None)
+    return str(name(device)) if name else device.type
+
+
+def matmul_precision() -> str:
+    """`torch.get_float32_matmul_precision`, or "mixed" where backends were set one by one."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "mixed"
+
+
+def tf32_is_on() -> bool:
+    """Whether a CUDA device would multiply float32 matrices in TF32."""
+    matmul = torch.backends.cuda.matmul
+    # The attribute for each backend came with torch 2.9; the older flag may not be read beside it.
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
