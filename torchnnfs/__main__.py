@@ -18,7 +18,7 @@ from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
 from torchnnfs.testing.candidates import DTYPES, choose, devices_here
 from torchnnfs.testing.comparison import Comparison, compare
-from torchnnfs.testing.report import table, verdict
+from torchnnfs.testing.report import show
 
 AGREES, DISAGREES, USAGE = 0, 1, 2
 
@@ -134,9 +134,9 @@ def _show(
         console.print(f"{name + ':':<26}{fact}", markup=False)
     values = np.array2string(output.cpu().double().numpy().astype(np.float32), max_line_width=100)
     first = comparison.rows[0]
-    heading = f"first probabilities, {first.candidate} on {first.device} in {first.dtype}:"
+    heading = f"first five probabilities, {first.candidate} on {first.device} in {first.dtype}:"
     console.print(f"\n{heading}\n{values}\n", markup=False)
-    console.print(table(comparison), verdict(comparison), markup=False)
+    show(comparison, console)
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -109,9 +109,9 @@ class Dense(nn.Linear):
         >>> layer = Dense(2, 3, generator=np.random.RandomState(0))
         >>> layer.weight
         Parameter containing:
-        tensor([[0.0176, 0.0224],
-                [0.0040, 0.0187],
-                [0.0098, -0.0098]], requires_grad=True)
+        tensor([[ 0.0176,  0.0224],
+                [ 0.0040,  0.0187],
+                [ 0.0098, -0.0098]], requires_grad=True)
         >>> layer(torch.ones(5, 2)).shape
         torch.Size([5, 3])
 

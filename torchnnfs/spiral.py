@@ -46,7 +46,7 @@ def spiral(
     Example:
         >>> input, target = spiral(generator=np.random.RandomState(0))
         >>> input[1], target[[0, 100, 200]]
-        (tensor([0.0011, 0.0100]), tensor([0, 1, 2]))
+        (tensor([0.0030, 0.0096]), tensor([0, 1, 2]))
 
     Source: NNFS chapter 3, package ``nnfs``; after A. Karpathy's CS231n notes.
     """

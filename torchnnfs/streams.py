@@ -36,7 +36,7 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
         >>> import numpy as np
         >>> with book_numpy():
         ...     print(np.random.randn(2), np.zeros(1).dtype)
-        [1.7640524  0.40015721] float32
+        [1.7640524 0.4001572] float32
         >>> np.zeros(1).dtype
         dtype('float64')
 

@@ -60,8 +60,8 @@ class Precision:
     def ulp(self, y: Array) -> Array:
         """Unit in the last place of the stored type at `y`."""
         exponent = np.frexp(y)[1]
-        unit: Array = np.maximum(np.ldexp(1.0, exponent - self.digits), self.smallest)
-        return unit
+        unit = np.maximum(np.ldexp(1.0, exponent - self.digits), self.smallest)
+        return np.where(y == 0, self.smallest, unit)
 
 
 _U64 = 2.0**-53
@@ -103,22 +103,26 @@ def relu(x: Array, error: Array, precision: Precision) -> Array:
 
 
 def softmax(x: Array, error: Array, precision: Precision, dim: int = -1) -> Array:
-    """``p ((1 + r) (1 + u) / (1 - s) - 1)``: r of the numerator, s of the sum, u of the division.
+    """``p ((1 + d) (1 + q) (1 + u) / (1 - s) - 1)``, where p is the exact softmax of x.
 
-    The argument of exp is off by ``t = e + u (m - x + 2 max e)``, which makes r, with the error
-    of exp itself. The sum is off by the mean of r weighted with p, and by its own n - 1 additions.
+    d is what the error that came in does: it moves numerator and sum together, at most by
+    ``((1 - p_i) m_i + sum_{j != i} p_j m_j) / (1 - sum_j p_j m_j)`` with ``m = expm1(e)``.
+    q is the error of one computed exponential: of its argument, ``u (max x - x + 2 max e)``, and
+    of exp itself. s is that of the sum: the mean of q, weighted with p, and the additions.
     """
     u = precision.unit
     p = exact_softmax(x, dim)
-    widest = np.max(error, axis=dim, keepdims=True)
     depth = np.max(x, axis=dim, keepdims=True) - x
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        shift = error + u * (depth + 2 * widest)
-        r = np.expm1(shift) + 2 * EXP_ULP * u * np.exp(shift)
-        off = np.sum(p * r, axis=dim, keepdims=True)
-        off = off + precision.gamma(x.shape[dim] - 1) * (1 + off)
-        relative = np.where(off < 1, (1 + r) * (1 + u) / (1 - off) - 1, np.inf)
-        # Neither can leave [0, 1], so no error is larger than 1 and a rounding.
-        bound = np.where(p > 0, p * relative, np.exp(shift - depth))
-        bound = np.minimum(bound, 1 + 4 * u)
+    widest = np.max(error, axis=dim, keepdims=True)
+    with np.errstate(all="ignore"):
+        m = np.expm1(error)
+        mean = np.sum(p * m, axis=dim, keepdims=True)
+        d = np.where(mean < 1, (m * (1 - p) + (mean - p * m)) / (1 - mean), np.inf)
+        q = np.expm1(u * (depth + 2 * widest)) + 2 * EXP_ULP * u
+        s = np.sum(p * (1 + d) * q, axis=dim, keepdims=True)
+        s = s + precision.gamma(x.shape[dim] - 1) * (1 + s)
+        relative = np.where(s < 1, (1 + d) * (1 + q) * (1 + u) / (1 - s) - 1, np.inf)
+        bound = np.where(p > 0, p * relative, np.exp(error - depth * (1 - u)))
+        # No correct result leaves [0, 1], so no error is larger than 1 and a rounding.
+        bound = np.fmin(bound, 1 + 4 * u)
     return precision.stored(p, bound + 2 * precision.tiny)

@@ -61,9 +61,10 @@ DTYPES = {
 
 def devices_here() -> list[torch.device]:
     """The CPU and every accelerator of this machine."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or not torch.accelerator.is_available():
+    if not torch.accelerator.is_available():
         return [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
     count = torch.accelerator.device_count()
     return [torch.device("cpu"), *(torch.device(accelerator.type, i) for i in range(count))]
 
@@ -141,7 +142,7 @@ def _numpy(model: nn.Module, input: Tensor) -> list[Call]:
         calls.append(Call(path, layer, to_numpy(received), computed.astype(np.float64)))
         return torch.from_numpy(computed)
 
-    with book_numpy():
+    with book_numpy(), np.errstate(all="ignore"):
         _watch(model, input, after)
     return calls
 

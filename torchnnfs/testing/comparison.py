@@ -18,7 +18,7 @@ from torchnnfs.testing.bounds import PRECISIONS
 from torchnnfs.testing.candidates import RUNNERS, Call, Candidate, choose
 from torchnnfs.testing.environment import describe
 from torchnnfs.testing.reference import Array
-from torchnnfs.testing.report import table_text, verdict
+from torchnnfs.testing.report import as_text, verdict
 from torchnnfs.testing.twins import Twin, find_layers, is_chain, to_numpy, twin_of
 
 
@@ -114,7 +114,7 @@ class Comparison:
         return json.dumps(_json_safe(document), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        return f"{table_text(self)}\n{verdict(self)}"
+        return as_text(self)
 
 
 def _json_safe(value: Any) -> Any:

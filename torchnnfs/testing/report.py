@@ -12,9 +12,16 @@ if TYPE_CHECKING:
     from torchnnfs.testing.comparison import Comparison, Row
 
 
+CAPTION = (
+    "exact bits: share of the elements that are float64's result, correctly rounded.\n"
+    "isolated: largest error over its bound, each layer on the input it really got.\n"
+    "chained: the same from the first input on. Up to 1, rounding explains the error."
+)
+
+
 def table(comparison: Comparison) -> Table:
     """One line for each candidate and layer."""
-    grid = Table()
+    grid = Table(caption=CAPTION, caption_justify="left")
     for heading in ("candidate", "device", "dtype", "layer"):
         grid.add_column(heading, no_wrap=True)
     for heading in ("max |error|", "max ULP", "exact bits", "isolated", "chained"):
@@ -70,8 +77,17 @@ def _where(row: Row) -> str:
     return f"{row.candidate} on {row.device} in {row.dtype}, layer {label(row)}"
 
 
-def table_text(comparison: Comparison) -> str:
-    """The table as plain text."""
+def show(comparison: Comparison, console: Console) -> None:
+    """Print the table, what it leaves out, and the verdict."""
+    console.print(table(comparison))
+    if comparison.uncalled:
+        names = ", ".join(comparison.uncalled)
+        console.print(f"Never called, so not judged: {names}.", markup=False, soft_wrap=True)
+    console.print(verdict(comparison), markup=False, soft_wrap=True)
+
+
+def as_text(comparison: Comparison) -> str:
+    """What `show` prints, as plain text."""
     buffer = io.StringIO()
-    Console(file=buffer, width=120, color_system=None).print(table(comparison))
+    show(comparison, Console(file=buffer, width=120, color_system=None))
     return buffer.getvalue().rstrip()

@@ -1,0 +1,24 @@
+# Sourced by compare and test. `ready NAME ARGUMENT...` makes .venv hold what `pip install ARGUMENT...`
+# gives under constraints.txt. It does so once: .venv/ready-NAME is written last and says for which
+# pyproject.toml and constraints.txt, so a run that was interrupted is simply done again.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bin=$root/.venv/bin
+
+ready() {
+    local stamp=$root/.venv/ready-$1 want python=${PYTHON:-python3}
+    shift
+    want=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then return; fi
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "$python is missing or older than Python 3.11; name another one: PYTHON=python3.12 $0" >&2
+        exit 2
+    fi
+    echo "Setting up $root/.venv; this is done once and takes a few minutes." >&2
+    if ! "$bin/python" -m pip --version >/dev/null 2>&1; then
+        "$python" -m venv --clear "$root/.venv"
+    fi
+    "$bin/python" -m pip install -qq --constraint "$root/constraints.txt" pip
+    "$bin/python" -m pip install -qq --constraint "$root/constraints.txt" "$@"
+    echo "$want" >"$stamp"
+}

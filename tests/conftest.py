@@ -1,0 +1,30 @@
+import numpy as np
+import pytest
+import torch
+
+from torchnnfs.testing.candidates import devices_here
+
+
+@pytest.fixture(params=devices_here(), ids=str)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def stream():
+    """The stream behind the book's page."""
+    return np.random.RandomState(0)
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_process():
+    """No test leaves NumPy patched, or torch with other defaults, behind."""
+    before = (np.dot, np.zeros, np.eye, np.random.randn, torch.get_default_dtype())
+    torch.manual_seed(0)
+    yield
+    assert before == (np.dot, np.zeros, np.eye, np.random.randn, torch.get_default_dtype())

@@ -1,0 +1,48 @@
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from torchnnfs.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def skeleton(text):
+    """The words of a report without its numbers, which belong to a machine and a version."""
+    text = re.sub(r"^(torch|numpy|nnfs|python|device cpu):.*$", r"\1:", text, flags=re.M)
+    text = re.sub(r"(?<![\w.])\d+(\.\d+)*([eE][-+]\d+)?%?", "#", text)
+    words = re.sub(r"[━─┏┓┗┛┡┩├┤┼┬┴╇┳┻╈└┘]+", "", text).split()
+    return words
+
+
+def test_the_capture_in_the_readme_is_what_is_printed(capsys):
+    readme = (ROOT / "README.md").read_text()
+    (capture,) = re.findall(r"```text\n(.*?)```", readme, re.S)
+    main(["compare", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    cut = printed.index("(eager") if "(eager" in printed else printed.index("(numpy")
+    kept = capture.index("(eager") if "(eager" in capture else capture.index("(numpy")
+    assert skeleton(capture[:kept]) == skeleton(printed[:cut])
+
+
+def test_the_constraints_satisfy_the_metadata():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    for requirement in project["project"]["dependencies"]:
+        name, lowest = requirement.split(">=")
+        assert [int(n) for n in pins[name].split(".")] >= [int(n) for n in lowest.split(".")]
+
+
+def test_readme_names_every_public_function():
+    import torchnnfs
+
+    readme = (ROOT / "README.md").read_text()
+    missing = [name for name in torchnnfs.__all__ if name not in readme]
+    assert not missing
+
+
+@pytest.mark.parametrize("script", ["scripts/compare", "scripts/test", ".ci/run"])
+def test_scripts_can_be_run(script):
+    assert (ROOT / script).stat().st_mode & 0o111

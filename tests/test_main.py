@@ -1,0 +1,111 @@
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from torchnnfs import __main__
+from torchnnfs.__main__ import main
+
+
+def test_compare_prints_what_was_run(capsys):
+    assert main(["compare", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^network: +2 -> 3 -> 3", out, re.M)
+    assert re.search(r"^data: +spiral, 100 samples x 3 classes = 300 rows", out, re.M)
+    for name in (
+        "seed",
+        "torch",
+        "numpy",
+        "nnfs",
+        "device cpu",
+        "float32 matmul precision",
+        "TF32",
+    ):
+        assert re.search(rf"^{name}: +\S", out, re.M)
+    assert "[[0.33333334 0.33333334 0.33333334]\n [0.3333331" in out
+    assert len(re.findall(r"│ ok +│", out)) == 8
+    last = out.splitlines()[-1]
+    assert last.startswith("AGREES: eager in float32, numpy in float32 compute what NumPy computes")
+
+
+def test_options(capsys):
+    arguments = "compare --samples 5 --classes 2 --hidden 4 6 --seed 7 --dtype float64 bfloat16"
+    assert main([*arguments.split(), "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    who = list(dict.fromkeys((row["candidate"], row["dtype"]) for row in document["rows"]))
+    here = len({row["device"] for row in document["rows"]})
+    assert who == [("eager", "float64"), ("eager", "bfloat16"), ("numpy", "float32")]
+    assert len(document["rows"]) == 6 * (2 * here + 1)
+
+
+def test_a_disagreement_exits_with_1(capsys, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "relu", lambda input, inplace: input)
+    assert main(["compare"]) == 1
+    assert "DISAGREES: eager on cpu in float32, layer 1 ReLU" in capsys.readouterr().out
+
+
+def test_json_to_a_file_is_written_whole(tmp_path, capsys):
+    target = tmp_path / "out.json"
+    target.write_text("old")
+    assert main(["compare", "--json", str(target)]) == 0
+    assert json.loads(target.read_text())["ok"] is True
+    assert os.listdir(tmp_path) == ["out.json"]
+    assert "AGREES" in capsys.readouterr().out
+
+
+def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, capsys, monkeypatch):
+    target = tmp_path / "out.json"
+    target.write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(__main__.Path, "replace", full)
+    assert main(["compare", "--json", str(target)]) == 2
+    captured = capsys.readouterr()
+    assert "AGREES" in captured.out
+    assert captured.err.endswith("cannot be written: No space left on device\n")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("compare --samples 0", "argument --samples: expected at least 1, got 0"),
+        ("compare --samples ten", "argument --samples: invalid int value: 'ten'"),
+        ("compare --classes 300", "at most 256 classes"),
+        ("compare --hidden -1", "argument --hidden: expected at least 1, got -1"),
+        ("compare --seed -1", "expected 0 to 2**32 - 1, got -1"),
+        ("compare --dtype int8", "invalid choice: 'int8'"),
+        ("compare --device warp", "--device warp is unknown to torch; here are cpu"),
+        ("compare --device cuda:99", "--device cuda:99 is not on this machine; here are cpu"),
+        ("compare --device meta", "--device meta is not on this machine; here are cpu"),
+        ("compare --json /nowhere/out.json", "there is no directory /nowhere"),
+        ("compare --json .", "--json . is a directory"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_with_2(arguments, message, capsys):
+    try:
+        status = main(arguments.split())
+    except SystemExit as exit:
+        status = exit.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("command", [["torchnnfs"], [sys.executable, "-m", "torchnnfs"]])
+def test_both_commands_are_the_same(command):
+    environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + ":" + os.environ["PATH"]}
+    arguments = ["compare", "--samples", "3", "--json", "-"]
+    run = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert json.loads(run.stdout)["ok"] is True

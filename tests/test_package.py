@@ -1,0 +1,86 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchnnfs
+import torchnnfs.testing
+
+ROOT = Path(torchnnfs.__file__).parent
+# Each module may import only from those that stand further down.
+LAYERS = [
+    "torchnnfs.__main__",
+    "torchnnfs",
+    "torchnnfs.testing",
+    "torchnnfs.testing.comparison",
+    "torchnnfs.testing.report",
+    "torchnnfs.testing.environment",
+    "torchnnfs.testing.candidates",
+    "torchnnfs.testing.twins",
+    "torchnnfs.testing.bounds",
+    "torchnnfs.testing.reference",
+    "torchnnfs.modules",
+    "torchnnfs.spiral",
+    "torchnnfs.streams",
+    "torchnnfs.checks",
+]
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree):
+    """What a file imports when it is run; imports for type checkers alone do not count."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            within = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from [name for name in within if name in LAYERS] or [node.module]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_every_module_has_its_place():
+    assert {name_of(path) for path in FILES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_run_one_way(path):
+    name = name_of(path)
+    for imported in imports(ast.parse(path.read_text())):
+        if imported.startswith("torchnnfs"):
+            assert LAYERS.index(imported) > LAYERS.index(name), f"{name} imports {imported}"
+
+
+def test_the_reference_knows_no_torch():
+    for name in ("reference", "bounds"):
+        tree = ast.parse((ROOT / "testing" / f"{name}.py").read_text())
+        assert not [module for module in imports(tree) if module.split(".")[0] == "torch"]
+
+
+@pytest.mark.parametrize("package", [torchnnfs, torchnnfs.testing])
+def test_init_holds_a_sorted_all_and_nothing_else(package):
+    assert package.__all__ == sorted(package.__all__)
+    docstring, *rest = ast.parse(Path(package.__file__).read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    assert [type(node) for node in rest] == [ast.ImportFrom] * (len(rest) - 1) + [ast.Assign]
+    imported = {alias.name for node in rest[:-1] for alias in node.names}
+    assert imported == set(package.__all__)
+
+
+def test_importing_seeds_nothing_patches_nothing_and_starts_no_gpu():
+    code = """if True:
+        import numpy as np, torch
+        before = np.dot, np.zeros, np.eye, np.random.randn, np.random.get_state()[1].tolist()
+        torchs = torch.random.get_rng_state()
+        import torchnnfs
+        after = np.dot, np.zeros, np.eye, np.random.randn, np.random.get_state()[1].tolist()
+        assert before == after
+        assert torch.equal(torchs, torch.random.get_rng_state())
+        assert not torch.cuda.is_initialized()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,330 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torchnnfs import Dense, ReLU, Softmax, classifier, compare, spiral
+from torchnnfs.testing import Candidate, assert_agrees
+
+
+class LeakyReLU(ReLU):
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, input):
+        return torch.where(input > 0, input, self.slope * input)
+
+
+class Constant(Softmax):
+    def forward(self, input):
+        return torch.full_like(input, 1 / 3)
+
+
+class Doubling(nn.Sequential):
+    """A chain by its type, but its layers do not get what the chain says."""
+
+    def forward(self, input):
+        for layer in self:
+            input = layer(input)
+            if isinstance(layer, ReLU):
+                input = input * 2
+        return input
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(2, 2)
+        self.branch = nn.ModuleDict({"dense": Dense(2, 2), "relu": ReLU(inplace=True)})
+        self.unused = ReLU()
+
+    def forward(self, input):
+        input = input + self.branch["relu"](self.branch["dense"](input))
+        return torch.softmax(self.shared(self.shared(input)), -1)
+
+
+@pytest.fixture
+def chapter(stream):
+    points, _ = spiral(generator=stream)
+    return classifier(2, 3, 3, generator=stream), points
+
+
+def edit(model, change):
+    twin = classifier(2, 3, 3)
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        change(twin)
+    return twin
+
+
+def test_the_chapter_agrees_on_every_device(chapter, device, dtype):
+    model, points = chapter
+    if device.type == "mps" and dtype == torch.float64:
+        pytest.skip("MPS has no float64")
+    comparison = compare(model, points, candidates=[Candidate("eager", device, dtype)])
+    assert comparison.ok, comparison
+    assert [row.layer for row in comparison.rows] == ["0", "1", "2", "3"]
+    assert [row.kind for row in comparison.rows] == ["Dense", "ReLU", "Dense", "Softmax"]
+    assert all(row.chained_ratio is not None for row in comparison.rows)
+    assert max(row.bound_ratio for row in comparison.rows) > 0.05
+
+
+def test_default_candidates(chapter):
+    comparison = compare(*chapter)
+    names = dict.fromkeys((row.candidate, row.dtype) for row in comparison.rows)
+    assert list(names) == [("eager", "float32"), ("numpy", "float32")]
+    assert comparison.ok
+    assert comparison.first_divergence is None
+    assert comparison.environment["torch"] == torch.__version__
+
+
+def test_the_books_numpy_is_exact_up_to_softmax(chapter):
+    rows = compare(*chapter, candidates=["numpy"]).rows
+    # Accumulated in float64 and rounded once; the biases are zero.
+    assert [row.bit_equal for row in rows[:3]] == [1, 1, 1]
+    assert max(row.max_ulp for row in rows[:3]) <= 0.5
+
+
+@pytest.mark.parametrize("slope", [1, 1e-2, 1e-4, -1e-4])
+def test_a_relu_that_leaks_is_found(chapter, slope):
+    model, points = chapter
+    wrong = edit(model, lambda twin: twin.__setitem__(1, LeakyReLU(slope)))
+    first = compare(wrong, points).first_divergence
+    assert (first.layer, first.kind) == ("1", "LeakyReLU")
+    assert first.worst.expected == 0
+    assert first.worst.value * slope < 0
+
+
+def test_a_constant_output_is_found(chapter):
+    model, points = chapter
+    wrong = edit(model, lambda twin: twin.__setitem__(3, Constant()))
+    assert compare(wrong, points).first_divergence.kind == "Constant"
+
+
+@pytest.mark.parametrize(
+    ("change", "layer"),
+    [
+        (lambda twin: twin[0].weight.mul_(1.1), "0"),
+        (lambda twin: twin[0].weight.mul_(1 + 1e-6), "0"),
+        (lambda twin: twin[0].bias.fill_(1e-6), "0"),
+        (lambda twin: twin[2].weight.copy_(twin[2].weight.T.clone()), "2"),
+        (lambda twin: twin[2].weight.copy_(twin[2].weight[[1, 0, 2]]), "2"),
+        (lambda twin: twin[2].bias[1].fill_(1e-7), "2"),
+        (lambda twin: twin[2].weight.copy_(twin[2].weight.bfloat16()), "2"),
+    ],
+    ids=[
+        "weights 10 % up",
+        "weights 1e-6 up",
+        "bias",
+        "transposed",
+        "permuted",
+        "one bias",
+        "bf16",
+    ],
+)
+def test_wrong_parameters_are_found(chapter, change, layer):
+    model, points = chapter
+    wrong = edit(model, change)
+    comparison = compare(wrong, points, reference=model)
+    assert not comparison.ok
+    assert comparison.first_divergence.layer == layer
+    assert comparison.first_divergence.isolated_ratio > 1
+    assert comparison.first_divergence.chained_ratio > 1
+    assert compare(model, points, reference=model).ok
+
+
+def test_chained_finds_what_happens_between_layers(chapter):
+    model, points = chapter
+    wrong = Doubling(*model)
+    assert compare(wrong, points).ok  # no plain chain: each layer by itself is right
+    wrong.forward = None
+    plain = nn.Sequential(*model)
+    plain[2].register_forward_pre_hook(lambda layer, args: (args[0] * 2,))
+    first = compare(plain, points).first_divergence
+    assert first.layer == "2"
+    assert first.isolated_ratio <= 1 < first.chained_ratio
+
+
+def test_any_composition(device):
+    model = Residual()
+    comparison = compare(model, torch.randn(7, 2), candidates=[Candidate("eager", device), "numpy"])
+    assert comparison.ok, comparison
+    layers = [row.layer for row in comparison.rows]
+    assert layers == ["branch.dense", "branch.relu", "shared", "shared (call 2)"] * 2
+    assert {row.chained_ratio for row in comparison.rows} == {None}
+    assert comparison.uncalled == ("unused",)
+    assert "unused" in str(comparison)
+
+
+def test_nested_chains_and_single_layers_are_chains():
+    nested = nn.Sequential(
+        nn.Sequential(Dense(2, 4), ReLU()), nn.Sequential(Dense(4, 3)), Softmax()
+    )
+    for model in (nested, nested[0][0]):
+        rows = compare(model, torch.randn(5, 2)).rows
+        assert all(row.chained_ratio is not None for row in rows)
+    assert rows[0].layer == ""
+
+
+def test_in_place_layers_are_measured_on_what_they_got():
+    model = nn.Sequential(Dense(2, 5), ReLU(inplace=True), Dense(5, 3))
+    assert compare(model, torch.randn(20, 2)).ok
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (3, 4, 2)])
+def test_any_number_of_dimensions(shape):
+    assert compare(classifier(2, 3, 3), torch.randn(shape)).ok
+    assert compare(Softmax(0), torch.randn(shape)).ok
+
+
+def test_the_model_is_left_alone(chapter):
+    model, points = chapter
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = points.clone()
+    compare(model, points, candidates=[Candidate(dtype=torch.float16)])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.dtype == torch.float32
+    assert torch.equal(points, kept)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_overflow_is_right_where_it_must_be():
+    model = nn.Sequential(Dense(1, 2), ReLU(), Dense(2, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(300)
+    half = [Candidate(dtype=torch.float16)]
+    points = torch.tensor([[1.0], [300.0]])  # 90 000 is beyond float16
+    assert compare(model, points, candidates=half).ok
+    with torch.no_grad():
+        model[0].bias[1] = -60000
+    reference = nn.Sequential(Dense(1, 2), ReLU(), Dense(2, 2))
+    reference.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        reference[0].bias.fill_(-60000)
+    assert not compare(model, points, reference=reference, candidates=half).ok
+
+
+def test_a_wrong_shape_is_a_divergence():
+    class Wide(Dense):
+        def forward(self, input):
+            return torch.cat([super().forward(input)] * 2, -1)
+
+    row = compare(nn.Sequential(Wide(2, 2)), torch.randn(3, 2)).first_divergence
+    assert row.bound_ratio == float("inf")
+
+
+def test_nan_is_a_divergence():
+    class Broken(Softmax):
+        def forward(self, input):
+            return torch.full_like(input, float("nan"))
+
+    comparison = compare(nn.Sequential(Dense(2, 2), Broken()), torch.randn(3, 2))
+    assert comparison.first_divergence.kind == "Broken"
+    document = json.loads(comparison.to_json())
+    row = document["rows"][document["first_divergence"]]
+    assert (row["max_abs"], row["worst"]["value"]) == ("Infinity", "NaN")
+
+
+def test_measures():
+    model = nn.Sequential(Dense.from_numpy(np.array([[1.0]], np.float32), [1.0]))
+
+    class Off(nn.Linear):
+        def forward(self, input):
+            output = super().forward(input)
+            output[1] += 3 * 2.0**-22  # three units in the last place of 2 to 4
+            return output
+
+    off = nn.Sequential(Off(1, 1))
+    off.load_state_dict(model.state_dict())
+    (row,) = compare(off, torch.ones(4, 1), candidates=["eager"]).rows
+    assert row.max_abs == 3 * 2.0**-22
+    assert row.max_ulp == 3
+    assert row.bit_equal == 0.75
+    assert (row.worst.index, row.worst.value, row.worst.expected) == ((1, 0), 2 + 3 * 2.0**-22, 2)
+    # gamma(2) of |1||1| + |1|: 3 ulp of 2 are 12 u of 1, over 2 u * 2
+    assert row.bound_ratio == pytest.approx(3, rel=1e-6)
+    assert not row.ok
+
+
+def test_json_holds_every_row(chapter):
+    comparison = compare(*chapter)
+    document = json.loads(comparison.to_json())
+    assert document["ok"] is True
+    assert document["first_divergence"] is None
+    assert len(document["rows"]) == 8
+    row = document["rows"][0]
+    assert row["bound_ratio"] == comparison.rows[0].bound_ratio
+    assert set(row) >= {"candidate", "device", "dtype", "layer", "max_abs", "max_ulp", "bit_equal"}
+
+
+def test_assert_agrees_shows_the_table(chapter):
+    model, points = chapter
+    assert_agrees(model, points)
+    wrong = edit(model, lambda twin: twin.__setitem__(1, LeakyReLU(0.01)))
+    with pytest.raises(AssertionError, match=r"(?s)exact bits.*DISAGREES: eager .* 1 LeakyReLU"):
+        assert_agrees(wrong, points)
+
+
+NAN = torch.tensor([[1.0, float("nan")]])
+
+
+@pytest.mark.parametrize(
+    ("model", "input", "keywords", "error", "message"),
+    [
+        (lambda x: x, NAN, {}, TypeError, "model to be a torch.nn.Module, got builtins.function"),
+        (nn.Sequential(), NAN, {}, TypeError, "no NumPy computation for Sequential"),
+        (Dense(2, 3), [[1.0, 2.0]], {}, TypeError, "to be a torch.Tensor, got builtins.list; call"),
+        (Dense(2, 3), np.ones((1, 2)), {}, TypeError, "to be a torch.Tensor, got numpy.ndarray"),
+        (Dense(2, 3), torch.ones(1, 2).long(), {}, TypeError, "input, got torch.int64; call"),
+        (Dense(2, 3), torch.ones(0, 2), {}, ValueError, r"at least one sample.*\(0, 2\)"),
+        (Dense(2, 3), NAN, {}, ValueError, r"got nan in input at \(0, 1\).*\(1 of 2 are"),
+        (Dense(2, 3), -1 / torch.zeros(1, 2), {}, ValueError, r"got -inf in input at \(0, 0\)"),
+        (Dense(2, 3), torch.ones(1, 2, device="meta"), {}, ValueError, "on the meta device"),
+        (Dense(2, 3, device="meta"), torch.ones(1, 2), {}, ValueError, "'weight' on the meta dev"),
+        (nn.Sequential(nn.Tanh()), torch.ones(1, 2), {}, TypeError, "for Tanh at '0' in the model"),
+        (Dense(2, 3), torch.ones(1, 2), {"reference": ReLU()}, ValueError, r"for '' to be dense\("),
+        (Dense(2, 3), torch.ones(1, 2), {"reference": Dense(2, 4)}, ValueError, r"\(2, 4\)"),
+        (Dense(2, 3), torch.ones(1, 2), {"reference": classifier(2, 3)}, ValueError, "1 layers, g"),
+        (Dense(2, 3), torch.ones(1, 2), {"candidates": ["jit"]}, ValueError, "candidate 'jit'; kn"),
+        (Dense(2, 3), torch.ones(1, 2), {"candidates": "eager"}, ValueError, "a list of candidat"),
+        (Dense(2, 3), torch.ones(1, 2), {"candidates": []}, ValueError, "a list of candidates"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_explained(model, input, keywords, error, message):
+    with pytest.raises(error, match=message):
+        compare(model, input, **keywords)
+
+
+def test_parameters_that_are_no_numbers_are_refused():
+    model = Dense(2, 3)
+    with torch.no_grad():
+        model.weight[1, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"got nan in model parameter 'weight' at \(1, 0\)"):
+        compare(model, torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"got inf in input at \(0, 0\) in float16"):
+        compare(Dense(2, 3), torch.full((1, 2), 1e5), candidates=[Candidate(dtype=torch.float16)])
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"float64, float32, bfloat16, float16, got torch.int8"):
+        Candidate(dtype=torch.int8)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_correct_networks_agree(seed, device):
+    """A short share of the long campaign: no false alarm, whatever the scale."""
+    rng = np.random.RandomState(seed)
+    widths = rng.randint(1, 65, size=rng.randint(2, 6))
+    model = classifier(*widths.tolist(), generator=rng)
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.mul_(100 * 10 ** rng.uniform(-3, 1))
+            layer.bias.copy_(torch.from_numpy(rng.randn(layer.out_features)))
+    points = torch.from_numpy(rng.randn(rng.randint(1, 400), widths[0]) * 10 ** rng.uniform(-2, 2))
+    dtypes = [torch.float64, torch.float32, torch.bfloat16]
+    comparison = compare(model, points, candidates=[Candidate("eager", device, d) for d in dtypes])
+    assert comparison.ok, comparison
