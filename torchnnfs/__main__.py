@@ -1,4 +1,4 @@
-"""The command line: `torchnnfs compare`."""
+"""The command line: `torchnnfs compare` and `torchnnfs page`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
 from torchnnfs.testing.candidates import DTYPES, choose, devices_here
 from torchnnfs.testing.comparison import Comparison, compare
+from torchnnfs.testing.page import compute as compute_page
+from torchnnfs.testing.page import show as show_page
 from torchnnfs.testing.report import show
 
 AGREES, DISAGREES, USAGE = 0, 1, 2
@@ -69,6 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is all of this machine")
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="what torch computes in")
     add("--json", metavar="FILE", help="write the outcome as JSON; - is standard output")
+    page = commands.add_parser(
+        "page",
+        help="print chapter 4's page in the book's arithmetic, and what others print",
+        description="Print the end of chapter 4 as the book prints it, beside what this machine's "
+        "NumPy and float32 torch print, with the digits that differ marked, and why they do. "
+        "Exit status: 0 the page is right, 1 it is not, 2 wrong usage.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    page.add_argument("--device", default="cpu", help="where torch computes: cpu, cuda, ...")
     return parser
 
 
@@ -120,9 +131,7 @@ def _write_whole(path: Path, text: str) -> None:
 def _show(
     arguments: argparse.Namespace, widths: Sequence[int], comparison: Comparison, output: Tensor
 ) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120
+    console = _console()
     rows = arguments.samples * arguments.classes
     facts = {
         "network": f"{' -> '.join(map(str, widths))}: Dense, ReLU, ..., Dense, Softmax",
@@ -137,6 +146,18 @@ def _show(
     heading = f"first five probabilities, {first.candidate} on {first.device} in {first.dtype}:"
     console.print(f"\n{heading}\n{values}\n", markup=False)
     show(comparison, console)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a file or a pipe has no width of its own
+    return console
+
+
+def _page(arguments: argparse.Namespace) -> int:
+    (device,) = _devices(arguments.device)[:1]
+    return AGREES if show_page(compute_page(device), _console()) else DISAGREES
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -168,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return _compare(arguments)
+        return {"compare": _compare, "page": _page}[arguments.command](arguments)
     except (_UsageError, MemoryError, TypeError, ValueError, torch.OutOfMemoryError) as error:
         print(f"torchnnfs {arguments.command}: {error}", file=sys.stderr)
         return USAGE

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
@@ -132,7 +132,7 @@ class Dense(nn.Linear):
         check_count("Dense", "out_features", out_features)
         # nn.Linear would draw at once, from torch's generator. On the meta device nothing is drawn.
         super().__init__(in_features, out_features, bias, "meta", dtype)
-        self.to_empty(device=torch.get_default_device() if device is None else device)
+        self.to_empty(device=torch.empty(0, device=device).device)
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: Generator = None) -> None:
@@ -145,15 +145,18 @@ class Dense(nn.Linear):
         if weight.is_meta:
             return
         if isinstance(generator, np.random.RandomState):
-            # As nnfs.init() does it: to float32 first, times 0.01 second. The other order gives
-            # other last bits.
-            drawn = 0.01 * generator.randn(self.in_features, self.out_features).astype(np.float32)
-            with torch.no_grad():
-                weight.copy_(torch.from_numpy(drawn.T))
+            self._fill(generator.randn(self.in_features, self.out_features))
         else:
             init.normal_(weight, std=0.01, generator=generator)
         if self.bias is not None:
             init.zeros_(self.bias)
+
+    def _fill(self, drawn: NDArray[np.floating[Any]]) -> None:
+        # As nnfs.init() does it: to float32 first, times 0.01 second. The other order gives other
+        # last bits.
+        values = 0.01 * drawn.astype(np.float32)
+        with torch.no_grad():
+            self.weight.copy_(torch.from_numpy(values.T))
 
     @_explained
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
@@ -202,7 +205,7 @@ class Dense(nn.Linear):
         if dtype is None and isinstance(weights, np.ndarray) and weight.is_floating_point():
             dtype = weight.dtype
         layer = cls(n_inputs, n_neurons, bias is not None, "meta", dtype)
-        layer.to_empty(device=torch.get_default_device() if device is None else device)
+        layer.to_empty(device=torch.empty(0, device=device).device)
         with torch.no_grad():
             layer.weight.copy_(weight.T)
             if bias is not None:

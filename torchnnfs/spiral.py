@@ -55,7 +55,7 @@ def spiral(
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if not dtype.is_floating_point:
         raise TypeError(f"spiral expects a floating-point dtype, got {dtype}")
-    device = torch.get_default_device() if device is None else torch.device(device)
+    device = torch.empty(0, device=device).device
     check_generator("spiral", generator, device)
     target = torch.arange(classes, device=device).repeat_interleave(samples)
     if isinstance(generator, np.random.RandomState):
