@@ -14,7 +14,7 @@ ready() {
         echo "$python is missing or older than Python 3.11; name another one: PYTHON=python3.12 $0" >&2
         exit 2
     fi
-    echo "Setting up $root/.venv; this is done once and takes a few minutes." >&2
+    echo "Installing what scripts/${0##*/} needs into $root/.venv; later runs skip this." >&2
     if ! "$bin/python" -m pip --version >/dev/null 2>&1; then
         "$python" -m venv --clear "$root/.venv"
     fi

@@ -29,7 +29,7 @@ def test_compare_prints_what_was_run(capsys):
     assert "[[0.33333334 0.33333334 0.33333334]\n [0.3333331" in out
     assert len(re.findall(r"│ ok +│", out)) == 8
     last = out.splitlines()[-1]
-    assert last.startswith("AGREES: eager in float32, numpy in float32 compute what NumPy computes")
+    assert last.startswith("AGREES: every layer of eager in float32, numpy in float32 is within")
 
 
 def test_options(capsys):
@@ -80,6 +80,7 @@ def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, caps
         ("compare --samples 0", "argument --samples: expected at least 1, got 0"),
         ("compare --samples ten", "argument --samples: invalid int value: 'ten'"),
         ("compare --classes 300", "at most 256 classes"),
+        ("compare --samples 1000000000", "GiB of memory"),
         ("compare --hidden -1", "argument --hidden: expected at least 1, got -1"),
         ("compare --seed -1", "expected 0 to 2**32 - 1, got -1"),
         ("compare --dtype int8", "invalid choice: 'int8'"),

@@ -102,6 +102,19 @@ def _devices(name: str) -> list[torch.device]:
     return same
 
 
+def _check_memory(arguments: argparse.Namespace) -> None:
+    """A machine that runs out of memory kills the process; better a word before."""
+    widest = max(*arguments.hidden, arguments.classes)
+    arrays = 16  # of float64 and of that width at the most: both sides, their errors and bounds
+    needed = arguments.samples * arguments.classes * widest * 8 * arrays
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise _UsageError(
+            f"this would need about {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} are "
+            "here; take fewer --samples or narrower --hidden layers"
+        )
+
+
 def _check_writable(path: Path) -> None:
     if path.is_dir():
         raise _UsageError(f"--json {path} is a directory; name a file in it")
@@ -165,6 +178,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     to_stdout = arguments.json == "-"
     if arguments.json and not to_stdout:
         _check_writable(Path(arguments.json))
+    _check_memory(arguments)
     # Data first, then the network, as the book draws them.
     stream = np.random.RandomState(arguments.seed)
     points, _ = spiral(arguments.samples, arguments.classes, generator=stream, device="cpu")

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,12 +84,12 @@ class Comparison:
     Attributes:
         rows: one `Row` for each candidate and call of a layer, in order.
         environment: versions, devices and settings that the numbers depend on.
-        uncalled: paths of layers that the forward pass never called.
+        notes: what a reader has to know beside the rows, such as what was not judged.
     """
 
     rows: tuple[Row, ...]
     environment: dict[str, str]
-    uncalled: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -108,7 +109,7 @@ class Comparison:
             "verdict": verdict(self),
             "first_divergence": None if first is None else self.rows.index(first),
             "environment": self.environment,
-            "uncalled": self.uncalled,
+            "notes": self.notes,
             "rows": [{**asdict(row), "ok": row.ok} for row in self.rows],
         }
         return json.dumps(_json_safe(document), indent=2, allow_nan=False)
@@ -136,10 +137,13 @@ def compare(
 ) -> Comparison:
     """Judge, layer by layer, whether `model` computes what NumPy computes.
 
-    NumPy computes in float64, from the parameters and inputs as the candidate's dtype stores
-    them. An error is measured against what rounding can explain (`torchnnfs.testing.bounds`):
-    once with each layer *isolated*, on the input it really got, and, where the model is a plain
-    chain of layers, once *chained*, from the model's input on. The model itself is not changed.
+    Model and input are cast to each candidate's device and dtype; NumPy computes in float64 from
+    the same cast parameters and input. Whether the parameters are the right ones is a question of
+    its own: name the module that has them as `reference`.
+
+    An error is measured against what rounding can explain (`torchnnfs.testing.bounds`): once with
+    each layer *isolated*, on the input it really got, and, where the model is a plain chain of
+    layers, once *chained*, from the model's input on. The model itself is not changed.
 
     Args:
         model: any composition of `nn.Linear`, `nn.ReLU`, `nn.Softmax` and what derives from them.
@@ -181,8 +185,8 @@ def compare(
         chain = to_numpy(received) if is_chain(model) else None
         rows += _judge(candidate, calls, _pair(ready, problem), chain)
         called |= {call.path for call in calls}
-    uncalled = tuple(path for path in find_layers(model) if path not in called)
-    return Comparison(tuple(rows), describe(row.device for row in rows), uncalled)
+    notes = _notes(model, called)
+    return Comparison(tuple(rows), describe(row.device for row in rows), notes)
 
 
 def assert_agrees(
@@ -204,6 +208,19 @@ def assert_agrees(
     comparison = compare(model, input, reference=reference, candidates=candidates)
     if not comparison.ok:
         raise AssertionError(f"the model does not compute what NumPy computes\n{comparison}")
+
+
+def _notes(model: nn.Module, called: set[str]) -> tuple[str, ...]:
+    notes = []
+    if not is_chain(model):
+        notes.append(
+            f"{type(model).__name__} is no plain chain of layers: each layer is judged on the "
+            "input it got, but not what happens between the layers."
+        )
+    uncalled = [path for path in find_layers(model) if path not in called]
+    if uncalled:
+        notes.append(f"Never called, so not judged: {', '.join(uncalled)}.")
+    return tuple(notes)
 
 
 def _judge(
@@ -377,16 +394,12 @@ def _check_finite(
 def _pair(model: nn.Module, reference: nn.Module) -> dict[str, nn.Module]:
     """The reference's layers by the model's paths, paired in order."""
     ours, theirs = find_layers(model), find_layers(reference)
-    if len(ours) != len(theirs):
-        raise ValueError(
-            f"compare expects a reference with the model's {len(ours)} layers, got {len(theirs)}"
-        )
-    for (path, layer), other in zip(ours.items(), theirs.values(), strict=True):
-        ours_is, theirs_is = _signature(layer), _signature(other)
-        if ours_is != theirs_is:
+    for path, layer, other in zip_longest(ours, ours.values(), theirs.values()):
+        expected = _signature(layer) if layer else f"no more after {len(ours)} layers"
+        got = _signature(other) if other else f"none after {len(theirs)} layers"
+        if expected != got:
             raise ValueError(
-                f"compare expects the reference's layer for {path!r} to be {ours_is}, "
-                f"got {theirs_is}"
+                f"compare expects the reference's layer for {path!r} to be {expected}, got {got}"
             )
     return dict(zip(ours, theirs.values(), strict=True))
 
