@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nnfs
@@ -12,6 +13,7 @@ import pytest
 import torch
 from nnfs.datasets import spiral_data
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from torchnnfs import Dense, ReLU, Softmax, book, book_numpy, classifier, compare, spiral
 from torchnnfs.book import Activation_ReLU, Activation_Softmax, Layer_Dense
@@ -171,6 +173,43 @@ def test_output_is_kept_without_history(chapter):
         assert torch.equal(again(points), model(points))
 
 
+def test_writing_to_the_output_does_not_reach_the_gradient():
+    softmax, x = Activation_Softmax(), torch.randn(4, 3, requires_grad=True)
+    (expected,) = torch.autograd.grad(softmax.forward(x)[:, 0].sum(), x)
+    p = softmax.forward(x)
+    softmax.output[:] = 0
+    (gradient,) = torch.autograd.grad(p[:, 0].sum(), x)
+    assert torch.equal(gradient, expected)
+    assert not softmax.output.any()
+
+
+def test_transformations_leave_nothing_behind():
+    model = nn.Sequential(Layer_Dense(2, 3), Activation_ReLU(), Activation_Softmax())
+    points = torch.randn(4, 2)
+    expected = model(points)
+    assert torch.equal(torch.func.vmap(model)(points), expected)
+    assert model[2].output is None
+    copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of autograd.Function
+        assert torch.compile(model, fullgraph=True)(points).shape == (4, 3)
+    copy.deepcopy(model)
+
+
+def test_odd_arrays_and_empty_ones():
+    x, layer = np.random.RandomState(0).randn(5, 2), Layer_Dense(2, 3)
+    forwards = layer.forward(x)
+    assert torch.equal(layer.forward(x[::-1]), forwards.flip(0))
+    assert torch.equal(layer.forward(x.astype(">f8")), forwards)
+    assert layer.forward(np.zeros((0, 2))).shape == (0, 3)
+    assert Activation_Softmax().forward(np.zeros((3, 0))).shape == (3, 0)
+    layer.weights = nn.Parameter(torch.ones(2, 3))
+    assert layer.weights.tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert book.from_torch(nn.Linear(2, 3, bias=False)).biases is None
+    layer.bfloat16()
+    assert layer.weights.dtype == np.float32
+
+
 def test_weights_and_biases_are_the_books(device):
     np.random.seed(3)
     layer = Layer_Dense(2, 3, device=device)
@@ -320,6 +359,13 @@ class NoFloat64(torch.Tensor):
         (lambda: setattr(Layer_Dense(2, 3), "biases", np.ones((3, 1))), ValueError,
          r"biases expects shape \(1, 3\) or \(3,\), got \(3, 1\)"),
         (lambda: book.from_numpy(3), TypeError, "got one of class int"),
+        (lambda: book.from_numpy("ab"), TypeError, "got one of class str"),
+        (lambda: Layer_Dense(2, 3).forward(1j * torch.ones(2)), TypeError, "with dtype complex64"),
+        (lambda: setattr(Layer_Dense(2, 3), "weights", nn.Linear(2, 3)), TypeError, "real numbers"),
+        (lambda: setattr(weight_norm(Layer_Dense(2, 3)), "weights", np.ones((2, 3))), ValueError,
+         "weights cannot be assigned while the layer is parametrized"),
+        (lambda: setattr(book.from_torch(nn.Linear(2, 3, bias=False)), "biases", [1, 2, 3]),
+         ValueError, "without bias expects no biases"),
         (lambda: book.from_torch(nn.Softmax(0)), ValueError, "along the last dimension, got Softm"),
         (lambda: Activation_Softmax().forward(torch.ones(2).as_subclass(NoFloat64)), TypeError,
          "Activation_Softmax computes in float64, which cpu does not have; move"),

@@ -3,16 +3,17 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from torchnnfs import __main__
 from torchnnfs.__main__ import main
+from torchnnfs.testing import candidates
 
 
 def test_compare_prints_what_was_run(capsys):
-    assert main(["compare", "--device", "cpu"]) == 0
+    assert main(["compare", "--device", "cpu", "--candidates", "eager", "numpy"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^network: +2 -> 3 -> 3", out, re.M)
     assert re.search(r"^data: +spiral, 100 samples x 3 classes = 300 rows", out, re.M)
@@ -33,7 +34,10 @@ def test_compare_prints_what_was_run(capsys):
 
 
 def test_options(capsys):
-    arguments = "compare --samples 5 --classes 2 --hidden 4 6 --seed 7 --dtype float64 bfloat16"
+    arguments = (
+        "compare --samples 5 --classes 2 --hidden 4 6 --seed 7 --dtype float64 bfloat16 "
+        "--candidates eager numpy"
+    )
     assert main([*arguments.split(), "--json", "-"]) == 0
     document = json.loads(capsys.readouterr().out)
     who = list(dict.fromkeys((row["candidate"], row["dtype"]) for row in document["rows"]))
@@ -44,14 +48,14 @@ def test_options(capsys):
 
 def test_a_disagreement_exits_with_1(capsys, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "relu", lambda input, inplace: input)
-    assert main(["compare"]) == 1
+    assert main(["compare", "--candidates", "eager"]) == 1
     assert "DISAGREES: eager on cpu in float32, layer 1 ReLU" in capsys.readouterr().out
 
 
 def test_json_to_a_file_is_written_whole(tmp_path, capsys):
     target = tmp_path / "out.json"
     target.write_text("old")
-    assert main(["compare", "--json", str(target)]) == 0
+    assert main(["compare", "--candidates", "eager", "--json", str(target)]) == 0
     assert json.loads(target.read_text())["ok"] is True
     assert os.listdir(tmp_path) == ["out.json"]
     assert "AGREES" in capsys.readouterr().out
@@ -64,8 +68,8 @@ def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, caps
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(__main__.Path, "replace", full)
-    assert main(["compare", "--json", str(target)]) == 2
+    monkeypatch.setattr(Path, "replace", full)
+    assert main(["compare", "--candidates", "eager", "--json", str(target)]) == 2
     captured = capsys.readouterr()
     assert "AGREES" in captured.out
     assert captured.err.endswith("cannot be written: No space left on device\n")
@@ -84,11 +88,20 @@ def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, caps
         ("compare --hidden -1", "argument --hidden: expected at least 1, got -1"),
         ("compare --seed -1", "expected 0 to 2**32 - 1, got -1"),
         ("compare --dtype int8", "invalid choice: 'int8'"),
-        ("compare --device warp", "--device warp is unknown to torch; here are cpu"),
-        ("compare --device cuda:99", "--device cuda:99 is not on this machine; here are cpu"),
-        ("compare --device meta", "--device meta is not on this machine; here are cpu"),
-        ("compare --json /nowhere/out.json", "there is no directory /nowhere"),
-        ("compare --json .", "--json . is a directory"),
+        ("compare --hidden 100000000 100000000", "GiB of memory"),
+        ("compare --device warp", "--device 'warp' is unknown to torch; here are cpu"),
+        ("compare --device cuda:99", "--device 'cuda:99' is not on this machine; here are cpu"),
+        ("compare --device meta", "--device 'meta' is not on this machine; here are cpu"),
+        ("page --device warp", "--device 'warp' is unknown to torch; here are cpu"),
+        ("compare --json /nowhere/out.json", "there is no directory '/nowhere'"),
+        ("compare --json .", "--json '.' names no file"),
+        ("compare --markdown=", "--markdown '' names no file"),
+        ("compare --json " + "a" * 300, "cannot be written: File name too long"),
+        ("compare --candidates numbers", "argument --candidates: invalid choice: 'numbers'"),
+        (
+            "compare --candidates onnx --dtype bfloat16",
+            "onnx computes in float64,",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_exits_with_2(arguments, message, capsys):
@@ -106,7 +119,46 @@ def test_wrong_usage_is_one_line_and_exits_with_2(arguments, message, capsys):
 @pytest.mark.parametrize("command", [["torchnnfs"], [sys.executable, "-m", "torchnnfs"]])
 def test_both_commands_are_the_same(command):
     environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + ":" + os.environ["PATH"]}
-    arguments = ["compare", "--samples", "3", "--json", "-"]
+    arguments = ["compare", "--samples", "3", "--candidates", "eager", "--json", "-"]
     run = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
     assert json.loads(run.stdout)["ok"] is True
+
+
+def test_an_absent_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(candidates.importlib.util, "find_spec", lambda name: None)
+    assert main(["compare", "--candidates", "onnx"]) == 3
+    line = "onnx needs onnx, onnxscript, onnxruntime: pip install 'torchnnfs[onnx]'"
+    assert capsys.readouterr().err == f"torchnnfs compare: {line}\n"
+    assert main(["compare", "--no-controls"]) == 0
+    out = capsys.readouterr().out
+    assert f"Skipped: {line}." in out
+    assert "Skipped: jax needs jax: pip install 'torchnnfs[jax]'." in out
+
+
+@pytest.mark.parametrize("command", ["page", "compare --candidates eager", "compare --json -"])
+def test_a_reader_that_stops_reading_is_no_error(command):
+    whole = [sys.executable, "-m", "torchnnfs", *command.split(), "--device", "cpu"]
+    with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 128 + 13
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "torchnnfs", "page"], stdout=full, stderr=subprocess.PIPE
+        )
+    assert run.returncode == 2
+    assert run.stderr == b"torchnnfs page: [Errno 28] No space left on device\n"
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchnnfs.__main__.compare", interrupted)
+    assert main(["compare"]) == 130
+    assert capsys.readouterr().err == "torchnnfs compare: interrupted\n"

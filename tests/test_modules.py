@@ -132,6 +132,25 @@ def test_from_numpy(biases):
     assert layer.weight[0, 0] == 0
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda w: w[::-1],
+        lambda w: np.asfortranarray(w),
+        lambda w: w.astype(">f4"),
+        lambda w: w.astype(np.longdouble),
+        lambda w: np.repeat(w, 2, 1)[:, ::2],
+        lambda w: torch.tensor(w, requires_grad=True),
+        lambda w: w.astype(np.uint16),
+    ],
+)
+def test_from_numpy_takes_any_array(odd):
+    weights = odd(np.arange(6.0).reshape(2, 3))
+    layer = Dense.from_numpy(weights, dtype=torch.float64)
+    expected = weights.detach().numpy() if isinstance(weights, torch.Tensor) else weights
+    np.testing.assert_array_equal(layer.weight.detach().numpy(), expected.astype(float).T)
+
+
 def test_from_numpy_dtype_and_device(device):
     weights = np.ones((2, 3), dtype=np.float32)
     assert Dense.from_numpy(weights).weight.dtype == torch.float32
@@ -226,7 +245,9 @@ def test_classifier_passes_the_keywords_on(device):
         (lambda: Dense.from_numpy(np.ones((0, 3))), ValueError, r"got \(0, 3\)"),
         (lambda: Dense.from_numpy(np.ones((2, 3)), np.ones((3, 1))), ValueError,
          r"biases of shape \(1, 3\) or \(3,\) for weights of shape \(2, 3\), got \(3, 1\)"),
-        (lambda: Dense.from_numpy([["a"]]), TypeError, r"weights of real numbers, got dtype <U1"),
+        (lambda: Dense.from_numpy(np.ma.masked_equal([[1.0, 2.0]], 2)), TypeError,
+         r"real numbers, got an array with masked values"),
+        (lambda: Dense.from_numpy([["a"]]), TypeError, r"got an array with dtype <U1"),
     ],
 )  # fmt: skip
 def test_bad_input_is_explained(call, error, message):

@@ -69,6 +69,14 @@ def test_book_numpy_within_nnfs_init():
         np.random.set_state(state)
 
 
+def test_book_numpy_wants_a_randomstate():
+    with (
+        pytest.raises(TypeError, match=r"RandomState or None, got Generator"),
+        book_numpy(np.random.default_rng(0)),
+    ):
+        pass
+
+
 def test_generator_of_another_kind_of_device():
     with pytest.raises(ValueError, match=r"expects a torch.Generator on cuda, got one on cpu"):
         check_generator("Dense", torch.Generator(), torch.device("cuda"))

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
-from torchnnfs.testing.candidates import DTYPES, choose, devices_here
+from torchnnfs.testing.candidates import (
+    DTYPES,
+    KINDS,
+    Candidate,
+    MissingExtraError,
+    choose,
+    devices_here,
+)
 from torchnnfs.testing.comparison import Comparison, compare
+from torchnnfs.testing.files import check_writable, write_whole
 from torchnnfs.testing.page import compute as compute_page
 from torchnnfs.testing.page import show as show_page
-from torchnnfs.testing.report import show
+from torchnnfs.testing.report import as_markdown, show
 
-AGREES, DISAGREES, USAGE = 0, 1, 2
-
-
-class _UsageError(Exception):
-    """What the user can mend, in one line."""
+AGREES, DISAGREES, USAGE, MISSING = 0, 1, 2, 3
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         help="judge the spiral forward pass in torch against NumPy, layer by layer",
         description="Compute the book's spiral forward pass with torch and with the book's NumPy, "
         "and judge every layer against NumPy in float64. "
-        "Exit status: 0 agrees, 1 disagrees, 2 wrong usage.",
+        "Exit status: 0 agrees, 1 disagrees, 2 wrong usage, 3 a package is missing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = command.add_argument
@@ -70,7 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=_seed, default=0, help="of the NumPy stream behind data and weights")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is all of this machine")
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="what torch computes in")
+    add(
+        "--candidates",
+        nargs="+",
+        choices=KINDS,
+        metavar="NAME",
+        help=f"who is judged, of {', '.join(KINDS)} (default: all but compiled, as far as their "
+        "packages are here)",
+    )
+    add("--no-controls", action="store_true", help="do not try deliberately broken twins")
     add("--json", metavar="FILE", help="write the outcome as JSON; - is standard output")
+    add("--markdown", metavar="FILE", help="write the report as Markdown; - is standard output")
     page = commands.add_parser(
         "page",
         help="print chapter 4's page in the book's arithmetic, and what others print",
@@ -91,58 +105,52 @@ def _devices(name: str) -> list[torch.device]:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise _UsageError(f"--device {name} is unknown to torch; here are {names}") from None
+        raise ValueError(f"--device {name!r} is unknown to torch; here are {names}") from None
     same = [known for known in here if known.type == device.type]
     if device.index is None:
         same = same[:1]
     else:
         same = [known for known in same if (known.index or 0) == device.index]
     if not same:
-        raise _UsageError(f"--device {name} is not on this machine; here are {names}")
+        raise ValueError(f"--device {name!r} is not on this machine; here are {names}")
     return same
 
 
-def _check_memory(arguments: argparse.Namespace) -> None:
+def _check_memory(widths: Sequence[int], rows: int) -> None:
     """A machine that runs out of memory kills the process; better a word before."""
-    widest = max(*arguments.hidden, arguments.classes)
-    arrays = 16  # of float64 and of that width at the most: both sides, their errors and bounds
-    needed = arguments.samples * arguments.classes * widest * 8 * arrays
+    parameters = sum((n + 1) * m for n, m in itertools.pairwise(widths))
+    arrays = 16  # of float64 and of the widest layer's size: both sides, their errors and bounds
+    needed = (rows * max(widths) + parameters) * 8 * arrays
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        raise _UsageError(
-            f"this would need about {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} are "
-            "here; take fewer --samples or narrower --hidden layers"
+        raise ValueError(
+            f"this would need about {needed >> 30} GiB of memory, {there >> 30} are here; take "
+            "fewer --samples or narrower --hidden layers"
         )
 
 
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise _UsageError(f"--json {path} is a directory; name a file in it")
-    if not path.parent.is_dir():
-        raise _UsageError(f"--json {path}: there is no directory {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise _UsageError(f"--json {path} cannot be written")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all; what is no regular file (a pipe) is written to."""
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        path = path.resolve()
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _candidates(
+    arguments: argparse.Namespace, devices: list[torch.device], dtypes: list[torch.dtype]
+) -> tuple[list[Candidate], list[str]]:
+    """The candidates, and what was left out and why."""
+    if arguments.candidates:
+        return choose(arguments.candidates, devices, dtypes), []
+    chosen: list[Candidate] = []
+    skipped: list[str] = []
+    for name in KINDS:
         try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise _UsageError(f"{path} cannot be written: {error.strerror}") from None
+            if name != "compiled":  # it takes a compiler and its time
+                chosen += choose([name], devices, dtypes)
+        except (MissingExtraError, ValueError) as error:
+            skipped.append(f"{error}.")
+    return chosen, skipped
 
 
 def _show(
-    arguments: argparse.Namespace, widths: Sequence[int], comparison: Comparison, output: Tensor
+    arguments: argparse.Namespace,
+    widths: Sequence[int],
+    comparison: Comparison,
+    skipped: Sequence[str],
 ) -> None:
     console = _console()
     rows = arguments.samples * arguments.classes
@@ -154,15 +162,22 @@ def _show(
     }
     for name, fact in facts.items():
         console.print(f"{name + ':':<26}{fact}", markup=False)
-    values = np.array2string(output.cpu().double().numpy().astype(np.float32), max_line_width=100)
+    values = np.array2string(comparison.output[:5].astype(np.float32), max_line_width=100)
     first = comparison.rows[0]
     heading = f"first five probabilities, {first.candidate} on {first.device} in {first.dtype}:"
     console.print(f"\n{heading}\n{values}\n", markup=False)
+    for reason in skipped:
+        console.print(f"Skipped: {reason}", markup=False, soft_wrap=True)
     show(comparison, console)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with the status of a disagreement
+
+
 def _console() -> Console:
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     if not console.is_terminal:
         console.width = 120  # a file or a pipe has no width of its own
     return console
@@ -175,38 +190,74 @@ def _page(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     devices = _devices(arguments.device)
-    to_stdout = arguments.json == "-"
-    if arguments.json and not to_stdout:
-        _check_writable(Path(arguments.json))
-    _check_memory(arguments)
+    dtypes = [DTYPES[name] for name in dict.fromkeys(arguments.dtype)]
+    files = {option: vars(arguments)[option] for option in ("json", "markdown")}
+    files = {option: name for option, name in files.items() if name is not None}
+    for option, name in files.items():
+        if name != "-":
+            check_writable(f"--{option}", name)
+    widths = (2, *arguments.hidden, arguments.classes)
+    _check_memory(widths, arguments.samples * arguments.classes)
+    candidates, skipped = _candidates(arguments, devices, dtypes)
     # Data first, then the network, as the book draws them.
     stream = np.random.RandomState(arguments.seed)
     points, _ = spiral(arguments.samples, arguments.classes, generator=stream, device="cpu")
-    widths = (2, *arguments.hidden, arguments.classes)
     model = classifier(*widths, generator=stream, device="cpu")
-    dtypes = [DTYPES[name] for name in dict.fromkeys(arguments.dtype)]
-    candidates = choose(devices=devices, dtypes=dtypes)
-    comparison = compare(model, points, candidates=candidates)
-    if to_stdout:
-        print(comparison.to_json())
-    else:
-        first = candidates[0]
-        with torch.no_grad():
-            output = model.to(first.device, first.dtype)(points[:5].to(first.device, first.dtype))
-        _show(arguments, widths, comparison, output)
-    if arguments.json and not to_stdout:
-        _write_whole(Path(arguments.json), comparison.to_json() + "\n")
+    with Console(stderr=True).status("") as status:
+        comparison = compare(
+            model,
+            points,
+            candidates=candidates,
+            controls=not arguments.no_controls,
+            progress=lambda step: status.update(f"judging: {step}"),
+        )
+    render: dict[str, Callable[[], str]] = {
+        "json": lambda: comparison.to_json() + "\n",
+        "markdown": lambda: as_markdown(comparison),
+    }
+    # Files first: what is printed may go to a reader who stops reading.
+    failure = None
+    for option, name in files.items():
+        try:
+            if name != "-":
+                write_whole(name, render[option]().encode())
+        except ValueError as error:
+            failure = error
+    printed = [option for option, name in files.items() if name == "-"]
+    for option in printed:
+        print(render[option](), end="")
+    if not printed:
+        _show(arguments, widths, comparison, skipped)
+    if failure is not None:
+        raise failure
     return AGREES if comparison.ok else DISAGREES
+
+
+def _close_stdout() -> None:
+    """Keep Python from writing, and failing, once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return {"compare": _compare, "page": _page}[arguments.command](arguments)
-    except (_UsageError, MemoryError, TypeError, ValueError, torch.OutOfMemoryError) as error:
-        print(f"torchnnfs {arguments.command}: {error}", file=sys.stderr)
-        return USAGE
+        status = {"compare": _compare, "page": _page}[arguments.command](arguments)
+        sys.stdout.flush()
+        return status
+    except MissingExtraError as error:
+        status, message = MISSING, str(error)
+    except BrokenPipeError:  # the reader has stopped reading
+        _close_stdout()
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        status, message = 128 + signal.SIGINT, "interrupted"
+    except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        status, message = USAGE, " ".join(str(error).split())
+        if isinstance(error, OSError):
+            _close_stdout()
+    print(f"torchnnfs {arguments.command}: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -11,22 +11,24 @@ The arithmetic is that of the book's page, which `nnfs.init()` and a correctly r
    up to 128 in eight interleaved partial sums; longer rows in two halves.
 
 Only operations that IEEE 754 rounds in one way are used (`exp` is made of them here), one torch
-operation each, so the bits do not depend on the device, the number of threads, the batch or the
-version of NumPy. They hold in eager mode: a compiler may contract a product and a sum into one.
+operation each, so the bits of the results do not depend on the device, the number of threads, the
+batch or the version of NumPy. They hold in eager mode: a compiler may contract a product and a sum
+into one. Gradients are torch's: within rounding of the exact ones, and no more.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from torchnnfs.checks import check_numbers
 from torchnnfs.modules import Dense, ReLU, Softmax
 from torchnnfs.streams import Generator
 
@@ -39,10 +41,20 @@ class _KeepsOutput:
     @property
     def output(self) -> NDArray[Any] | None:
         """What the last `forward` returned, as the book's array; None before the first."""
-        return None if self._output is None else self._output.cpu().numpy()
+        kept = self._output
+        if kept is None:
+            return None
+        return (kept.float() if kept.dtype == torch.bfloat16 else kept).cpu().numpy()
 
     def _keep(self, result: Tensor) -> Tensor:
-        self._output = result.detach()
+        # A copy: what is written to the output must not reach what autograd has kept.
+        kept = result.detach().clone()
+        try:
+            if not torch.compiler.is_compiling():
+                kept.data_ptr()
+            self._output = kept
+        except RuntimeError:  # inside a transformation like vmap, tensors have no values
+            self._output = None
         return result
 
 
@@ -63,7 +75,8 @@ class Layer_Dense(_KeepsOutput, Dense):  # noqa: N801
         weights: (n_inputs, n_neurons) float32 array, ``0.01 * np.random.randn(n_inputs,
             n_neurons)`` drawn from NumPy's global stream, whether ``nnfs.init()`` was called or
             only ``np.random.seed``. May be assigned. On the CPU it shares the layer's memory; from
-            another device it is a copy, so assign it as a whole there (``+=`` does).
+            another device it is a copy, so assign it as a whole there (``+=`` does). It is a
+            transposed view, so its order in memory is Fortran's, as ``flags`` says.
         biases: (1, n_neurons) float32 array, zeros; the same holds.
         output: what the last ``forward`` returned, as a NumPy array without history. The returned
             tensor carries the gradient.
@@ -102,27 +115,43 @@ class Layer_Dense(_KeepsOutput, Dense):  # noqa: N801
 
     @property
     def weights(self) -> NDArray[np.float32]:  # noqa: D102
-        return self.weight.detach().cpu().numpy().T
+        return self.weight.detach().cpu().float().numpy().T
 
     @weights.setter
     def weights(self, values: ArrayLike | Tensor) -> None:
         self._assign("weights", self.weight.T, values, [(self.in_features, self.out_features)])
 
     @property
-    def biases(self) -> NDArray[np.float32]:  # noqa: D102
-        return self.bias.detach().cpu().numpy().reshape(1, -1)
+    def biases(self) -> NDArray[np.float32] | None:  # noqa: D102
+        if self.bias is None:
+            return None
+        return self.bias.detach().cpu().float().numpy().reshape(1, -1)
 
     @biases.setter
     def biases(self, values: ArrayLike | Tensor) -> None:
+        if self.bias is None:
+            raise ValueError("Layer_Dense without bias expects no biases")
         n = self.out_features
         self._assign("biases", self.bias.view(1, -1), values, [(1, n), (n,)])
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a parameter or module under the name of the property.
+        if name in ("weights", "biases"):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def _assign(self, name: str, place: Tensor, values: Any, shapes: list[tuple[int, ...]]) -> None:
-        tensor = _as_tensor(f"Layer_Dense.{name}", values, place.device)
+        tensor = check_numbers(f"Layer_Dense.{name}", values)
         if tensor.shape not in shapes:
             raise ValueError(
                 f"Layer_Dense.{name} expects shape {' or '.join(map(str, shapes))}, "
                 f"got {tuple(tensor.shape)}"
+            )
+        if parametrize.is_parametrized(self):
+            raise ValueError(
+                f"Layer_Dense.{name} cannot be assigned while the layer is parametrized; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
             )
         with torch.no_grad():
             place.copy_(tensor)
@@ -168,7 +197,8 @@ class Activation_ReLU(_KeepsOutput, ReLU):  # noqa: N801
         super().__init__()
 
     def forward(self, inputs: ArrayLike | Tensor) -> Tensor:  # noqa: D102
-        return self._keep(_as_tensor("Activation_ReLU", inputs).relu())
+        x = _as_tensor("Activation_ReLU", inputs)
+        return self._keep(x.relu_() if self.inplace else x.relu())
 
 
 class Activation_Softmax(_KeepsOutput, Softmax):  # noqa: N801
@@ -219,6 +249,8 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
+        if x.shape[-1] == 0:
+            return x.clone()
         shifted = x - x.amax(-1, keepdim=True)
         powers = exp(shifted.double()).to(x.dtype)
         return powers / _sum(powers).unsqueeze(-1)
@@ -287,18 +319,17 @@ def _sum(x: Tensor) -> Tensor:
 
 def _as_tensor(owner: str, values: Any, device: torch.device | None = None) -> Tensor:
     """A tensor as it is; arrays and lists with the dtype that NumPy gives them, on `device`."""
-    if isinstance(values, Tensor):
+    if isinstance(values, Tensor) and not values.is_complex():
         return values
-    array = np.asarray(values)
-    if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
-        raise TypeError(f"{owner} expects real numbers, got an array of dtype {array.dtype}")
-    return torch.tensor(array.astype(array.dtype.newbyteorder("="), copy=False), device=device)
+    return check_numbers(owner, values).to(device)
 
 
 def _double(owner: str, x: Tensor) -> Tensor:
     try:
         return x.double()
     except (RuntimeError, TypeError) as error:
+        if "64" not in str(error):
+            raise
         raise TypeError(
             f"{owner} computes in float64, which {x.device} does not have; "
             "move the layer and its inputs to another device, with .to('cpu')"
@@ -382,7 +413,7 @@ def from_numpy(layer: Any, *, device: torch.device | str | int | None = None) ->
           (1): Activation_ReLU()
         )
     """
-    if isinstance(layer, Iterable):
+    if isinstance(layer, list | tuple):
         return nn.Sequential(*(from_numpy(each, device=device) for each in layer))
     if hasattr(layer, "weights"):
         biases = getattr(layer, "biases", None)

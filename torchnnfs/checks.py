@@ -8,19 +8,38 @@ import numpy as np
 import torch
 
 
-def check_count(owner: str, name: str, count: Any) -> None:
-    """Raise a clear error when `count` is no whole number from 1 on.
+def check_count(owner: str, name: str, count: Any) -> int:
+    """`count` as an int, or a clear error when it is no whole number from 1 on.
 
     Raises:
         TypeError: `count` is no int (a bool is none).
         ValueError: `count` is below 1.
     """
-    if isinstance(count, bool) or not isinstance(count, int | np.integer | torch.SymInt):
+    if isinstance(count, bool) or not isinstance(count, int | np.integer):
         raise TypeError(
             f"{owner} expects {name} to be an int, got {count!r} ({type(count).__name__})"
         )
     if count < 1:
         raise ValueError(f"{owner} expects {name} to be at least 1, got {count}")
+    return int(count)
+
+
+def check_numbers(owner: str, values: Any) -> torch.Tensor:
+    """Arrays, nested lists and tensors as a tensor on its own on the CPU, of the dtype they have.
+
+    Raises:
+        TypeError: `values` are no real numbers, or some of them are masked.
+    """
+    if isinstance(values, torch.Tensor) and not values.is_complex():
+        return values.detach().cpu().clone()
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu" or np.ma.is_masked(values):
+        masked = "masked values" if np.ma.is_masked(values) else f"dtype {array.dtype}"
+        raise TypeError(f"{owner} expects real numbers, got an array with {masked}")
+    kept = array.dtype if array.dtype.itemsize <= 8 else np.dtype(np.float64)
+    if kept.kind == "u" and kept.itemsize > 1:
+        kept = np.dtype(np.int64)  # torch computes with no other unsigned type than uint8
+    return torch.from_numpy(np.array(array, dtype=kept.newbyteorder("="), order="C"))
 
 
 def check_generator(owner: str, generator: Any, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
 
-from torchnnfs.checks import check_count, check_generator
+from torchnnfs.checks import check_count, check_generator, check_numbers
 from torchnnfs.streams import Generator
 
 _Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
@@ -48,7 +48,9 @@ def _complaint(layer: nn.Module, input: Any) -> Exception | None:
             f"{name} expects a torch.Tensor, got {type(input).__module__}."
             f"{type(input).__qualname__}; call torch.as_tensor(input, dtype=torch.float32) first"
         )
-    if not input.dtype.is_floating_point and not isinstance(layer, nn.ReLU):
+    if input.is_complex():
+        return None
+    if not input.is_floating_point() and not isinstance(layer, nn.ReLU):
         return TypeError(
             f"{name} expects a floating-point input, got {input.dtype}; call input.float() first"
         )
@@ -128,8 +130,8 @@ class Dense(nn.Linear):
         *,
         generator: Generator = None,
     ) -> None:
-        check_count("Dense", "in_features", in_features)
-        check_count("Dense", "out_features", out_features)
+        in_features = check_count("Dense", "in_features", in_features)
+        out_features = check_count("Dense", "out_features", out_features)
         # nn.Linear would draw at once, from torch's generator. On the meta device nothing is drawn.
         super().__init__(in_features, out_features, bias, "meta", dtype)
         self.to_empty(device=torch.empty(0, device=device).device)
@@ -189,20 +191,20 @@ class Dense(nn.Linear):
             >>> layer(torch.tensor([1.0, 1.0]))
             tensor([5.5000, 7.5000, 9.5000], grad_fn=<ViewBackward0>)
         """
-        weight = _as_tensor("weights", weights)
+        weight = check_numbers("Dense.from_numpy", weights)
         if weight.ndim != 2 or 0 in weight.shape:
             raise ValueError(
                 "Dense.from_numpy expects weights of shape (n_inputs, n_neurons), "
                 f"got {tuple(weight.shape)}"
             )
         n_inputs, n_neurons = weight.shape
-        bias = None if biases is None else _as_tensor("biases", biases)
+        bias = None if biases is None else check_numbers("Dense.from_numpy", biases)
         if bias is not None and bias.shape not in {(n_neurons,), (1, n_neurons)}:
             raise ValueError(
                 f"Dense.from_numpy expects biases of shape (1, {n_neurons}) or ({n_neurons},) for "
                 f"weights of shape {tuple(weight.shape)}, got {tuple(bias.shape)}"
             )
-        if dtype is None and isinstance(weights, np.ndarray) and weight.is_floating_point():
+        if dtype is None and hasattr(weights, "dtype") and weight.is_floating_point():
             dtype = weight.dtype
         layer = cls(n_inputs, n_neurons, bias is not None, "meta", dtype)
         layer.to_empty(device=torch.empty(0, device=device).device)
@@ -211,13 +213,6 @@ class Dense(nn.Linear):
             if bias is not None:
                 layer.bias.copy_(bias.reshape(-1))
         return layer
-
-
-def _as_tensor(name: str, values: ArrayLike) -> Tensor:
-    array = np.asarray(values)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"Dense.from_numpy expects {name} of real numbers, got dtype {array.dtype}")
-    return torch.tensor(array, device="cpu")
 
 
 class ReLU(nn.ReLU):

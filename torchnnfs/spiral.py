@@ -50,8 +50,8 @@ def spiral(
 
     Source: NNFS chapter 3, package ``nnfs``; after A. Karpathy's CS231n notes.
     """
-    check_count("spiral", "samples", samples)
-    check_count("spiral", "classes", classes)
+    samples = check_count("spiral", "samples", samples)
+    classes = check_count("spiral", "classes", classes)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if not dtype.is_floating_point:
         raise TypeError(f"spiral expects a floating-point dtype, got {dtype}")

@@ -26,11 +26,15 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
     these four and NumPy's global random state are what they were before.
 
     NumPy's functions belong to the whole process, so other threads see the change too; a second
-    thread that enters waits for the first to leave.
+    thread that enters waits for the first to leave. Blocks must end in the reverse order in which
+    they began, so do not leave one by a ``yield`` or an ``await``.
 
     Args:
         generator: the stream that ``np.random.randn`` draws from. None: NumPy's global stream,
             seeded with 0 as ``nnfs.init()`` does.
+
+    Raises:
+        TypeError: a `generator` of another kind.
 
     Example:
         >>> import numpy as np
@@ -42,6 +46,11 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
 
     Source: package ``nnfs``, function ``init``; it has no undo of its own.
     """
+    if generator is not None and not isinstance(generator, np.random.RandomState):
+        raise TypeError(
+            "book_numpy expects generator to be a numpy.random.RandomState or None, got "
+            f"{type(generator).__name__}"
+        )
     with _LOCK:
         before = [getattr(*place) for place in _PATCHED]
         state = np.random.get_state(legacy=False)

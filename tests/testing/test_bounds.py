@@ -114,7 +114,8 @@ def test_softmax_never_promises_less_than_nothing():
     bound = bounds.softmax(x, np.zeros_like(x), FLOAT32)
     assert (bound > 0).all()
     assert bound[0, 1] < 1e-37
-    assert (bounds.softmax(x, np.full_like(x, np.inf), FLOAT32) <= 1.001).all()
+    assert (bounds.softmax(x, np.full_like(x, 1e6), FLOAT32) <= 1.001).all()
+    assert (bounds.softmax(x, np.full_like(x, np.inf), FLOAT32) == np.inf).all()
     along = bounds.softmax(x.T, np.zeros((3, 1)), FLOAT32, dim=0)
     np.testing.assert_array_equal(along, bound.T)
 

@@ -153,8 +153,10 @@ def test_any_composition(device):
     comparison = compare(model, torch.randn(7, 2), candidates=[Candidate("eager", device), "numpy"])
     assert comparison.ok, comparison
     layers = [row.layer for row in comparison.rows]
-    assert layers == ["branch.dense", "branch.relu", "shared", "shared (call 2)"] * 2
-    assert {row.chained_ratio for row in comparison.rows} == {None}
+    calls = ["branch.dense", "branch.relu", "shared", "shared (call 2)", "(output)"]
+    assert layers == calls * 2
+    assert [row.chained_ratio is None for row in comparison.rows] == ([True] * 4 + [False]) * 2
+    assert [row.basis for row in comparison.rows] == (["rounding"] * 4 + ["sampled"]) * 2
     assert comparison.notes[0].startswith("Residual is no plain chain of layers")
     assert comparison.notes[1] == "Never called, so not judged: unused."
     assert all(note in str(comparison) for note in comparison.notes)
@@ -179,6 +181,141 @@ def test_in_place_layers_are_measured_on_what_they_got():
 def test_any_number_of_dimensions(shape):
     assert compare(classifier(2, 3, 3), torch.randn(shape)).ok
     assert compare(Softmax(0), torch.randn(shape)).ok
+
+
+def test_a_model_that_works_in_place_leaves_the_input_alone():
+    points = torch.randn(9, 2)
+    kept = points.clone()
+    assert compare(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 3)), points).ok
+    assert torch.equal(points, kept)
+    doubling = classifier(2, 3, 3)
+    doubling.register_forward_pre_hook(lambda model, args: args[0].mul_(2) and None)
+    with pytest.raises(RuntimeError, match="Boolean value"):  # the hook's own
+        compare(doubling, points)
+
+
+def test_hooks_on_the_whole_model_are_judged(chapter):
+    model, points = chapter
+    before, after = (nn.Sequential(*model) for _ in range(2))
+    before.register_forward_pre_hook(lambda model, args: (args[0].mul_(2),))
+    assert compare(before, points).first_divergence.layer == "0"
+    after.register_forward_hook(lambda model, args, output: output * 2)
+    assert compare(after, points).first_divergence.layer == "(output)"
+
+
+def test_layers_may_be_called_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = Dense(2, 3)
+
+        def forward(self, x):
+            return self.dense(input=x)
+
+    assert compare(Keyword(), torch.randn(4, 2)).ok
+
+
+def test_a_module_that_bypasses_its_layers_is_judged_by_a_reference(chapter):
+    model, points = chapter
+
+    class Functional(nn.Module):
+        def __init__(self, slope):
+            super().__init__()
+            self.first, self.second, self.slope = model[0], model[2], slope
+
+        def forward(self, x):
+            x = nn.functional.leaky_relu(self.first(x), self.slope)
+            return torch.softmax(self.second(x), -1)
+
+    assert compare(Functional(0.0), points, reference=model).ok
+    comparison = compare(Functional(0.01), points, reference=model)
+    assert comparison.first_divergence.layer == "(output)"
+    assert comparison.notes[0].startswith("Only the output of Functional is judged: where the mo")
+    alone = compare(Functional(0.01), points)
+    assert alone.ok  # it is itself, and the notes say that this proves little
+    assert "name a reference" in alone.notes[0]
+
+
+def test_nnfs_init_does_not_reach_the_judge(chapter):
+    import nnfs
+
+    model, points = chapter
+    before, state = (np.dot, np.zeros, np.eye, np.random.randn), np.random.get_state()
+    try:
+        nnfs.init()
+        assert compare(model, points, candidates=[Candidate(dtype=torch.float64), "numpy"]).ok
+    finally:
+        np.dot, np.zeros, np.eye, np.random.randn = before
+        np.random.set_state(state)
+
+
+def test_the_numpy_candidate_is_the_books_numpy(chapter):
+    from torchnnfs import book_numpy
+
+    model, points = chapter
+    with book_numpy():
+        x = points.numpy()
+        w, b = model[0].weight.detach().numpy().T, model[0].bias.detach().numpy()
+        expected = np.dot(x, w) + b
+    comparison = compare(model[:1], points, candidates=["numpy"])
+    np.testing.assert_array_equal(comparison.output, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_that_round_more_than_once_agree(dtype):
+    half = [Candidate(dtype=dtype)]
+    assert compare(nn.Softmax(0), torch.randn(50, 3) * 3, candidates=half).ok
+    strided = torch.randn(5, 4, 64).transpose(0, 1)
+    layer = nn.Linear(64, 100)
+    assert compare(layer, strided, candidates=half).ok
+    with torch.no_grad():
+        layer.bias.copy_(-layer(strided).reshape(-1, 100)[0])
+    assert compare(layer, strided, candidates=half).ok
+
+
+def test_extreme_logits(device):
+    logits = torch.tensor([[0.0, -1.0, -1e11], [3e38, 0.0, -3e38]])
+    assert compare(Softmax(), logits, candidates=[Candidate("eager", device), "numpy"]).ok
+
+    class Half(Softmax):
+        def forward(self, input):
+            return torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], device=input.device)
+
+    assert not compare(Half(), logits, candidates=[Candidate("eager", device)]).ok
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Softmax(-1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 1, 1], [0, 0, 0]]))
+    assert compare(model, torch.tensor([[1e11, 1000, -1e11]])).ok
+
+
+def test_where_the_dtype_may_overflow_there_is_no_verdict_and_a_note():
+    model = nn.Linear(1, 1)
+    with torch.no_grad():
+        model.weight.fill_(2)
+        model.bias.fill_(-3e38)
+    comparison = compare(model, torch.full((1, 1), 2e38))  # 4e38 overflows, 1e38 does not
+    assert comparison.ok
+    assert "float32 may overflow in layer Linear: 1 elements of eager" in comparison.notes[0]
+
+    class Zero(nn.Linear):
+        def forward(self, input):
+            return 0 * input
+
+    zero = Zero(1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        zero.weight.fill_(1e300)
+    comparison = compare(
+        zero, torch.full((1, 1), 1e10), candidates=[Candidate(dtype=torch.float64)]
+    )
+    assert not comparison.ok
+
+
+def test_layer_names_are_printed_as_they_are():
+    model = nn.ModuleDict({"a[/b]": Dense(2, 3)})
+    model.forward = lambda x: model["a[/b]"](x)
+    wrapped = nn.Sequential(nn.Sequential(Dense(2, 3)))
+    wrapped[0].add_module("a[/b]", ReLU())
+    assert "0.a[/b] ReLU" in str(compare(wrapped, torch.randn(3, 2)))
 
 
 def test_the_model_is_left_alone(chapter):
@@ -207,6 +344,15 @@ def test_overflow_is_right_where_it_must_be():
     with torch.no_grad():
         reference[0].bias.fill_(-60000)
     assert not compare(model, points, reference=reference, candidates=half).ok
+
+
+def test_an_infinity_of_the_wrong_sign_is_a_divergence():
+    model = Dense.from_numpy(np.array([[300.0]], np.float32))
+    wrong = Dense.from_numpy(np.array([[-300.0]], np.float32))
+    half = [Candidate(dtype=torch.float16)]
+    points = torch.full((1, 1), 300.0)
+    assert compare(model, points, candidates=half).ok
+    assert not compare(wrong, points, reference=model, candidates=half).ok
 
 
 def test_a_wrong_shape_is_a_divergence():
@@ -287,9 +433,11 @@ NAN = torch.tensor([[1.0, float("nan")]])
         (Dense(2, 3), torch.ones(1, 2, device="meta"), {}, ValueError, "on the meta device"),
         (Dense(2, 3, device="meta"), torch.ones(1, 2), {}, ValueError, "'weight' on the meta dev"),
         (nn.Sequential(nn.Tanh()), torch.ones(1, 2), {}, TypeError, "for Tanh at '0' in the model"),
-        (Dense(2, 3), torch.ones(1, 2), {"reference": ReLU()}, ValueError, r"for '' to be dense\("),
-        (Dense(2, 3), torch.ones(1, 2), {"reference": Dense(2, 4)}, ValueError, r"\(2, 4\)"),
-        (Dense(2, 3), torch.ones(1, 2), {"reference": classifier(2, 3)}, ValueError, "no more"),
+        (Dense(2, 3), torch.tensor(1.0), {}, ValueError, r"at least one sample.* shape \(\)"),
+        (Dense(2, 3), torch.ones(1, 2), {"reference": 3}, TypeError, "list of objects .* got int"),
+        (Dense(2, 3), torch.ones(1, 2), {"reference": [ReLU()] * 2}, ValueError, r"1 layers .*2$"),
+        (Dense(2, 3), torch.ones(1, 2), {"reference": [3]}, TypeError, "method forward, got int"),
+        (nn.Softmax(), torch.ones(1, 2), {}, ValueError, "Softmax to name its dim"),
         (Dense(2, 3), torch.ones(1, 2), {"candidates": ["jit"]}, ValueError, "candidate 'jit'; kn"),
         (Dense(2, 3), torch.ones(1, 2), {"candidates": "eager"}, ValueError, "a list of candidat"),
         (Dense(2, 3), torch.ones(1, 2), {"candidates": []}, ValueError, "a list of candidates"),
@@ -308,6 +456,15 @@ def test_parameters_that_are_no_numbers_are_refused():
         compare(model, torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"got inf in input at \(0, 0\) in float16"):
         compare(Dense(2, 3), torch.full((1, 2), 1e5), candidates=[Candidate(dtype=torch.float16)])
+
+
+def test_a_candidate_that_cannot_compute_is_refused():
+    with pytest.raises(ValueError, match=r"numpy computes in float32, got torch.float64"):
+        Candidate("numpy", dtype=torch.float64)
+    with pytest.raises(ValueError, match="onnx computes on the CPU here, got cuda"):
+        Candidate("onnx", "cuda")
+    with pytest.raises(ValueError, match="which the meta device does not have"):
+        Candidate(device="meta")
 
 
 def test_an_unknown_dtype_is_refused():

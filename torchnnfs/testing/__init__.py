@@ -1,6 +1,19 @@
 """The comparison: does a torch model compute what NumPy computes, and if not, where not?"""
 
-from torchnnfs.testing.candidates import Candidate
-from torchnnfs.testing.comparison import Comparison, Row, Worst, assert_agrees, compare
+from torchnnfs.testing.candidates import Candidate, MissingExtraError
+from torchnnfs.testing.comparison import Comparison, Row, assert_agrees, compare
+from torchnnfs.testing.controls import Control
+from torchnnfs.testing.measure import Worst
+from torchnnfs.testing.twins import register
 
-__all__ = ["Candidate", "Comparison", "Row", "Worst", "assert_agrees", "compare"]
+__all__ = [
+    "Candidate",
+    "Comparison",
+    "Control",
+    "MissingExtraError",
+    "Row",
+    "Worst",
+    "assert_agrees",
+    "compare",
+    "register",
+]

@@ -18,6 +18,8 @@ import numpy as np
 
 from torchnnfs.testing.reference import Array
 from torchnnfs.testing.reference import dense as exact_dense
+from torchnnfs.testing.reference import flatten as exact_flatten
+from torchnnfs.testing.reference import log_softmax as exact_log_softmax
 from torchnnfs.testing.reference import softmax as exact_softmax
 
 #: Largest error of `exp` in units in the last place. Seen on a CPU with AVX-512: 0.57 in torch
@@ -48,6 +50,11 @@ class Precision:
     smallest: float
     stored_unit: float = 0.0
     stored_tiny: float = 0.0
+
+    @property
+    def overflow(self) -> float:
+        """Where the arithmetic itself overflows; half types are computed in float32."""
+        return PRECISIONS["float32"].largest if self.stored_unit else self.largest
 
     def gamma(self, n: int) -> float:
         """Relative error of n roundings in a row, ``n u / (1 - n u)``; Higham, lemma 3.1."""
@@ -81,19 +88,30 @@ PRECISIONS = {
 def dense(
     x: Array, error: Array, precision: Precision, weights: Array, biases: Array | None = None
 ) -> Array:
-    """``e|W| + gamma(k+1) (|x||W| + |b| + e|W|)``, k the number of inputs."""
+    """``e|W| + gamma(k+1) (|x||W| + |b| + e|W|)``, k the number of inputs.
+
+    Half types are rounded once behind the product and, where there is a bias, once behind the sum.
+    Numbers below `tiny` may be taken for zero, before or after the product. Where the terms could
+    overflow, even if their sum does not, there is no bound.
+    """
     size = np.abs(weights)
     carried = error @ size
     bound: Array = np.abs(x) @ size
     bound += carried
     if biases is not None:
         bound += np.abs(biases)
+    too_large = ~(bound < precision.overflow)
     n = weights.shape[0] + 1
     bound *= precision.gamma(n)
     bound += carried
-    bound += (n + 1) * precision.tiny
+    flushed = np.sum(size, axis=0) + np.sum(np.abs(x), axis=-1, keepdims=True)
+    bound += precision.tiny * (flushed + n + 1)
     if precision.stored_unit:
-        bound = precision.stored(exact_dense(x, weights, biases), bound)
+        product = exact_dense(x, weights)
+        bound = precision.stored(product, bound)
+        if biases is not None:
+            bound = np.where(biases == 0, bound, precision.stored(product + biases, bound))
+    bound[too_large] = np.inf
     return bound
 
 
@@ -114,15 +132,54 @@ def softmax(x: Array, error: Array, precision: Precision, dim: int = -1) -> Arra
     p = exact_softmax(x, dim)
     depth = np.max(x, axis=dim, keepdims=True) - x
     widest = np.max(error, axis=dim, keepdims=True)
+    # Along another dimension than the last, torch keeps the exponentials in the stored type.
+    kept = 0.0 if dim in (-1, x.ndim - 1) else precision.stored_unit
     with np.errstate(all="ignore"):
         m = np.expm1(error)
         mean = np.sum(p * m, axis=dim, keepdims=True)
         d = np.where(mean < 1, (m * (1 - p) + (mean - p * m)) / (1 - mean), np.inf)
-        q = np.expm1(u * (depth + 2 * widest)) + 2 * EXP_ULP * u
-        s = np.sum(p * (1 + d) * q, axis=dim, keepdims=True)
+        r = 2 * EXP_ULP * u + kept
+        q = np.expm1(u * (depth + 2 * widest)) * (1 + r) + r
+        # What is 0 in float64 already is no more than this.
+        nothing = np.exp(error + widest - depth * (1 - u))
+        s = np.sum(np.where(p > 0, p * (1 + d) * q, nothing), axis=dim, keepdims=True)
         s = s + precision.gamma(x.shape[dim] - 1) * (1 + s)
         relative = np.where(s < 1, (1 + d) * (1 + q) * (1 + u) / (1 - s) - 1, np.inf)
-        bound = np.where(p > 0, p * relative, np.exp(error - depth * (1 - u)))
         # No correct result leaves [0, 1], so no error is larger than 1 and a rounding.
-        bound = np.fmin(bound, 1 + 4 * u)
-    return precision.stored(p, bound + 2 * precision.tiny)
+        bound = np.fmin(np.where(p > 0, p * relative, nothing), 1 + 4 * u)
+    tiny = precision.tiny + (precision.stored_tiny if kept else 0.0)
+    bound = precision.stored(p, bound + 2 * tiny)
+    return np.where(np.isfinite(widest), bound, np.inf)
+
+
+def log_softmax(x: Array, error: Array, precision: Precision, dim: int = -1) -> Array:
+    """``e + max e + u (m - x + 2 max e) + s / (1 - s) + 2 u (...)``.
+
+    The logarithm of a sum of exponentials moves at most as far as the input that moves most. s is
+    the relative error of the computed sum, as in `softmax`; log and two subtractions round.
+    """
+    u = precision.unit
+    y = exact_log_softmax(x, dim)
+    depth = np.max(x, axis=dim, keepdims=True) - x
+    widest = np.max(error, axis=dim, keepdims=True)
+    with np.errstate(all="ignore"):
+        q = np.expm1(u * (depth + 2 * widest)) + 2 * EXP_ULP * u
+        s = np.sum(np.exp(y + error + widest) * q, axis=dim, keepdims=True)
+        s = s + precision.gamma(x.shape[dim] - 1) * (1 + s)
+        log = np.abs(y + depth)
+        bound = error + widest + u * (depth + 2 * widest)
+        bound = bound + np.where(s < 1, s / (1 - s), np.inf) + 2 * EXP_ULP * u * log
+        bound = bound + u * (np.abs(y) + bound)
+    return precision.stored(y, bound + 2 * precision.tiny)
+
+
+def identity(x: Array, error: Array, precision: Precision) -> Array:
+    """The error that came in."""
+    return error + precision.tiny
+
+
+def flatten(
+    x: Array, error: Array, precision: Precision, start_dim: int = 1, end_dim: int = -1
+) -> Array:
+    """The error that came in, in the shape of the output."""
+    return exact_flatten(error, start_dim, end_dim) + precision.tiny

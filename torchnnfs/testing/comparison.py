@@ -6,36 +6,23 @@ import copy
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchnnfs.testing.bounds import PRECISIONS
-from torchnnfs.testing.candidates import RUNNERS, Call, Candidate, choose
-from torchnnfs.testing.environment import describe
+from torchnnfs.testing import report
+from torchnnfs.testing.candidates import KINDS, Candidate, Trace, choose
+from torchnnfs.testing.controls import BREAKS, UNSHIFTED, Control, NotHereError, find_last
+from torchnnfs.testing.environment import describe, precision_notes
+from torchnnfs.testing.inputs import check_finite, check_input, check_model
+from torchnnfs.testing.measure import Measured, Worst, measure
+from torchnnfs.testing.problem import FACTORED, PROVEN, Problem, carried, pose
 from torchnnfs.testing.reference import Array
-from torchnnfs.testing.report import as_text, verdict
-from torchnnfs.testing.twins import Twin, find_layers, is_chain, to_numpy, twin_of
-
-
-@dataclass(frozen=True)
-class Worst:
-    """The element with the largest error over its bound.
-
-    Attributes:
-        index: its place in the layer's output.
-        value: what the candidate computed.
-        expected: what NumPy computed in float64.
-    """
-
-    index: tuple[int, ...]
-    value: float
-    expected: float
+from torchnnfs.testing.twins import find_layers, find_twin, is_chain, to_numpy
 
 
 @dataclass(frozen=True)
@@ -46,16 +33,23 @@ class Row:
         candidate: its name.
         device: where it computed.
         dtype: what it computed in.
-        layer: path of the layer in the model, with the number of the call if there are several.
+        layer: path of the layer in the model, with the number of the call if there are several;
+            "(output)" for the whole of a model that is no plain chain.
         kind: type of the layer.
-        max_abs: largest absolute error, of the layer on the input it really got.
+        max_abs: largest absolute error: of the layer on the input it really got, or, where the
+            candidate does not show its layers, from the model's input on.
         max_ulp: the same in units in the last place of `dtype`; 0.5 at most is correctly rounded.
         bit_equal: fraction of elements that are the exact result correctly rounded.
-        isolated_ratio: largest error over its bound, of the layer on the input it really got.
-        chained_ratio: the same from the model's input on, the bound carried along; None where
-            the model is no plain chain.
-        bound_ratio: the larger of the two.
+        isolated_ratio: largest error over its bound, of the layer on the input it really got; None
+            where the candidate does not show it.
+        chained_ratio: the same from the model's input on, the bound carried along; None where the
+            model is no plain chain.
+        chained_ulp: largest error in units in the last place, from the model's input on.
+        bound_ratio: the larger of the two ratios.
+        basis: what the bound is: "rounding" (proven), "64 u" (of the largest output) or "sampled".
         worst: the element behind `bound_ratio`.
+        ulps: number of elements with errors in ULP up to each of `measure.ULP_EDGES`.
+        unbounded: number of elements that could not be judged, since the dtype may overflow.
     """
 
     candidate: str
@@ -66,10 +60,14 @@ class Row:
     max_abs: float
     max_ulp: float
     bit_equal: float
-    isolated_ratio: float
+    isolated_ratio: float | None
     chained_ratio: float | None
+    chained_ulp: float | None
     bound_ratio: float
+    basis: str
     worst: Worst
+    ulps: tuple[int, ...]
+    unbounded: int
 
     @property
     def ok(self) -> bool:
@@ -83,13 +81,19 @@ class Comparison:
 
     Attributes:
         rows: one `Row` for each candidate and call of a layer, in order.
+        controls: what became of deliberately broken twins of the model.
         environment: versions, devices and settings that the numbers depend on.
         notes: what a reader has to know beside the rows, such as what was not judged.
+        input: the model's input.
+        output: what the first candidate gave for it.
     """
 
     rows: tuple[Row, ...]
+    controls: tuple[Control, ...]
     environment: dict[str, str]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    input: Array = field(repr=False)
+    output: Array = field(repr=False)
 
     @property
     def ok(self) -> bool:
@@ -102,20 +106,21 @@ class Comparison:
         return next((row for row in self.rows if not row.ok), None)
 
     def to_json(self) -> str:
-        """Everything as JSON; infinity and NaN become the strings "Infinity" and "NaN"."""
+        """Everything but the arrays as JSON; infinity and NaN are "Infinity" and "NaN" there."""
         first = self.first_divergence
         document = {
             "ok": self.ok,
-            "verdict": verdict(self),
+            "verdict": report.verdict(self),
             "first_divergence": None if first is None else self.rows.index(first),
             "environment": self.environment,
             "notes": self.notes,
             "rows": [{**asdict(row), "ok": row.ok} for row in self.rows],
+            "controls": [asdict(control) for control in self.controls],
         }
         return json.dumps(_json_safe(document), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        return as_text(self)
+        return report.as_text(self)
 
 
 def _json_safe(value: Any) -> Any:
@@ -128,36 +133,50 @@ def _json_safe(value: Any) -> Any:
     return value
 
 
+#: A second module, or objects in the book's style in the order of the model's layers.
+Reference = nn.Module | Sequence[Any]
+
+
 def compare(
     model: nn.Module,
     input: Tensor,
     *,
-    reference: nn.Module | None = None,
+    reference: Reference | None = None,
     candidates: Sequence[str | Candidate] | None = None,
+    controls: bool = True,
+    progress: Callable[[str], object] | None = None,
 ) -> Comparison:
     """Judge, layer by layer, whether `model` computes what NumPy computes.
 
     Model and input are cast to each candidate's device and dtype; NumPy computes in float64 from
     the same cast parameters and input. Whether the parameters are the right ones is a question of
-    its own: name the module that has them as `reference`.
+    its own: name what has them as `reference`.
 
     An error is measured against what rounding can explain (`torchnnfs.testing.bounds`): once with
     each layer *isolated*, on the input it really got, and, where the model is a plain chain of
-    layers, once *chained*, from the model's input on. The model itself is not changed.
+    layers, once *chained*, from the model's input on. A candidate that shows only its output is
+    judged on that, chained. A model that is no plain chain has a row for its output as well,
+    against a float64 run, with an estimated bound. The model itself is not changed.
 
     Args:
-        model: any composition of `nn.Linear`, `nn.ReLU`, `nn.Softmax` and what derives from them.
+        model: any composition of `nn.Linear`, `nn.ReLU`, `nn.Softmax`, `nn.LogSoftmax`,
+            `nn.Flatten`, `nn.Identity`, `nn.Dropout` in eval mode, what derives from them, and
+            types that were registered with `torchnnfs.testing.register`.
         input: the model's input, floating point and finite.
-        reference: a module with the same layers, whose parameters NumPy uses instead of the
-            model's own.
+        reference: what NumPy computes instead of the model itself: a module, whose parameters are
+            used, or, if it has other layers, whose output; or a list of objects in the book's
+            style, one for each layer of the model, with ``forward`` setting ``output``.
         candidates: names, which stand for every device of this machine in float32, or
             `Candidate` objects; default "eager" and "numpy".
+        controls: whether to show that broken twins of the model are rejected.
+        progress: called with a few words before each step.
 
     Raises:
+        MissingExtraError: a candidate whose packages are not installed.
         TypeError: a `model` that is no module or has layers that NumPy has no twin for; an
-            `input` that is no floating-point tensor.
+            `input` that is no floating-point tensor; a `reference` of another kind.
         ValueError: an `input` that is empty, not finite or on the meta device; parameters that
-            are not finite or on the meta device; a `reference` with other layers; an unknown
+            are not finite or on the meta device; another number of objects than layers; an unknown
             candidate.
 
     Example:
@@ -167,36 +186,56 @@ def compare(
         >>> comparison.ok, comparison.first_divergence
         (True, None)
     """
-    _check_model("model", model)
-    _check_input(input)
-    reference = model if reference is None else reference
-    _check_model("reference", reference)
-    _pair(model, reference)
-    rows: list[Row] = []
-    called: set[str] = set()
-    for candidate in _expand(candidates):
-        ready, problem = (
-            copy.deepcopy(module).to(candidate.device, candidate.dtype)
-            for module in (model, reference)
+    check_model("model", model)
+    check_input(input)
+    if reference is None:
+        reference = model
+    elif isinstance(reference, nn.Module):
+        check_model("reference", reference)
+    elif isinstance(reference, str) or not isinstance(reference, Sequence):
+        raise TypeError(
+            "compare expects reference to be a torch.nn.Module or a list of objects with a "
+            f"method forward, got {type(reference).__name__}"
         )
-        received = input.detach().to(candidate.device, candidate.dtype)
-        _check_finite(ready, problem, received, candidate)
-        calls = RUNNERS[candidate.name](ready, received)
-        chain = to_numpy(received) if is_chain(model) else None
-        rows += _judge(candidate, calls, _pair(ready, problem), chain)
-        called |= {call.path for call in calls}
-    notes = _notes(model, called)
-    return Comparison(tuple(rows), describe(row.device for row in rows), notes)
+    progress = progress or (lambda step: None)
+    chosen = _expand(candidates)
+    posed = {each.dtype: pose(model, reference, each.dtype) for each in chosen}
+    rows: list[Row] = []
+    notes: list[str] = []
+    called: set[str] = set()
+    first: Array | None = None
+    for candidate in chosen:
+        progress(f"{candidate.name} on {candidate.device} in {candidate.dtype_name}")
+        ready = copy.deepcopy(model).to(candidate.device, candidate.dtype)
+        received = input.detach().to(candidate.device, candidate.dtype, copy=True)
+        problem = posed[candidate.dtype]
+        check_finite(ready, problem.module, received, candidate.dtype_name)
+        x = to_numpy(received)  # before the run, which may work in place
+        trace = KINDS[candidate.name].run(ready, received)
+        rows += _judge(model, candidate, trace, problem, x)
+        called |= {call.path for call in trace.calls}
+        first = trace.output if first is None else first
+        if candidate.name == "numpy":
+            notes += _simd_exp(trace)
+    assert first is not None
+    notes = _notes(model, reference, posed[chosen[0].dtype], called) + notes
+    notes += [
+        f"{row.dtype} may overflow in layer {report.label(row)}: {row.unbounded} elements of "
+        f"{row.candidate} are not judged."
+        for row in rows
+        if row.unbounded
+    ]
+    notes += precision_notes([(row.device, row.dtype, row.ok) for row in rows])
+    tried: tuple[Control, ...] = ()
+    if controls and posed[chosen[0].dtype].judges is not None:
+        progress("negative controls")
+        tried = _controls(model, input, next((c for c in chosen if c.name == "eager"), chosen[0]))
+    environment = describe(row.device for row in rows)
+    return Comparison(tuple(rows), tried, environment, tuple(notes), to_numpy(input), first)
 
 
-def assert_agrees(
-    model: nn.Module,
-    input: Tensor,
-    *,
-    reference: nn.Module | None = None,
-    candidates: Sequence[str | Candidate] | None = None,
-) -> None:
-    """`compare`, for test suites.
+def assert_agrees(model: nn.Module, input: Tensor, **keywords: Any) -> None:
+    """`compare` with the same arguments, for test suites; without controls unless asked for.
 
     Raises:
         AssertionError: with the whole table, when a layer strays further than rounding explains.
@@ -205,136 +244,14 @@ def assert_agrees(
         >>> from torchnnfs import classifier, spiral
         >>> assert_agrees(classifier(2, 3, 3), spiral()[0])
     """
-    comparison = compare(model, input, reference=reference, candidates=candidates)
+    comparison = compare(model, input, **{"controls": False, **keywords})
     if not comparison.ok:
         raise AssertionError(f"the model does not compute what NumPy computes\n{comparison}")
 
 
-def _notes(model: nn.Module, called: set[str]) -> tuple[str, ...]:
-    notes = []
-    if not is_chain(model):
-        notes.append(
-            f"{type(model).__name__} is no plain chain of layers: each layer is judged on the "
-            "input it got, but not what happens between the layers."
-        )
-    uncalled = [path for path in find_layers(model) if path not in called]
-    if uncalled:
-        notes.append(f"Never called, so not judged: {', '.join(uncalled)}.")
-    return tuple(notes)
-
-
-def _judge(
-    candidate: Candidate, calls: list[Call], layers: dict[str, nn.Module], chain: Array | None
-) -> list[Row]:
-    """Measure each call against its layer in `layers`, by path.
-
-    `chain` is the model's input where the model is a plain chain of layers, else None.
-    """
-    precision = PRECISIONS[candidate.dtype_name]
-    error = None if chain is None else np.zeros_like(chain)
-    rows = []
-    times: Counter[str] = Counter()
-    for call in calls:
-        twin = twin_of(layers[call.path])
-        arguments = twin.arguments(layers[call.path])
-        times[call.path] += 1
-
-        def measure(
-            x: Array, error: Array, twin: Twin = twin, arguments: Any = arguments, call: Call = call
-        ) -> tuple[_Measured, Array, Array]:
-            with np.errstate(all="ignore"):
-                exact = twin.forward(x, **arguments)
-                bound = twin.bound(x, error, precision, **arguments)
-                return _measure(call.output, exact, bound, candidate), exact, bound
-
-        isolated, _, _ = measure(call.input, np.zeros_like(call.input))
-        decisive, chained = isolated, None
-        if chain is not None and error is not None:
-            chained, chain, error = measure(chain, error)
-            # Where the dtype may have overflowed, anything may follow.
-            error[~(np.abs(chain) + error < precision.largest)] = np.inf
-            decisive = max(isolated, chained, key=lambda measured: measured.ratio)
-        rows.append(
-            Row(
-                candidate=candidate.name,
-                device=str(candidate.device),
-                dtype=candidate.dtype_name,
-                layer=call.path + (f" (call {times[call.path]})" if times[call.path] > 1 else ""),
-                kind=type(call.layer).__name__,
-                max_abs=isolated.max_abs,
-                max_ulp=isolated.max_ulp,
-                bit_equal=isolated.bit_equal,
-                isolated_ratio=isolated.ratio,
-                chained_ratio=None if chained is None else chained.ratio,
-                bound_ratio=decisive.ratio,
-                worst=decisive.worst,
-            )
-        )
-    return rows
-
-
-class _Measured(NamedTuple):
-    max_abs: float
-    max_ulp: float
-    bit_equal: float
-    ratio: float
-    worst: Worst
-
-
-#: Elements measured at a time: few enough that what is computed between stays in the cache.
-_BLOCK = 1 << 16
-
-
-def _measure(value: Array, exact: Array, bound: Array, candidate: Candidate) -> _Measured:
-    """`value` against `exact`, elementwise, with `bound` what rounding can explain."""
-    if value.shape != exact.shape:
-        nowhere = Worst((), math.nan, math.nan)
-        return _Measured(math.inf, math.inf, 0.0, math.inf, nowhere)
-    flat = [np.ascontiguousarray(array).reshape(-1) for array in (value, exact, bound)]
-    blocks = [
-        _measure_block(candidate, *(array[start : start + _BLOCK] for array in flat))
-        for start in range(0, value.size, _BLOCK)
-    ]
-    max_abs, max_ulp, bit_equal, ratio, place = zip(*blocks, strict=True)
-    block = int(np.argmax(ratio))
-    worst = block * _BLOCK + place[block]
-    return _Measured(
-        max_abs=max(max_abs),
-        max_ulp=max(max_ulp),
-        bit_equal=sum(bit_equal) / value.size,
-        ratio=ratio[block],
-        worst=Worst(
-            tuple(int(i) for i in np.unravel_index(worst, value.shape)),
-            float(flat[0][worst]),
-            float(flat[1][worst]),
-        ),
-    )
-
-
-def _measure_block(
-    candidate: Candidate, value: Array, exact: Array, bound: Array
-) -> tuple[float, float, int, float, int]:
-    """Largest error, in ULP too, number of exact bits, largest ratio and where it is."""
-    precision = PRECISIONS[candidate.dtype_name]
-    rounded = to_numpy(torch.from_numpy(exact).to(candidate.dtype))
-    both_nan = np.isnan(value) & np.isnan(exact)
-    equal = both_nan | ((value == rounded) & (np.signbit(value) == np.signbit(rounded)))
-    # Right, too: infinite where the exact result lies beyond the dtype's numbers or may do so by
-    # rounding, and no number where the input already was none.
-    overflow = np.isinf(value) & (np.sign(value) == np.sign(exact))
-    overflow &= np.abs(exact) + bound >= precision.largest
-    right = (value == exact) | overflow | ~(np.isfinite(exact) | np.isfinite(value))
-    error = np.where(right, 0.0, np.abs(value - exact))
-    error[np.isnan(error)] = np.inf
-    ratio = np.divide(error, bound, out=np.zeros_like(error), where=(error > 0) & (bound < np.inf))
-    place = int(np.argmax(ratio))
-    ulps = float(np.max(error / precision.ulp(exact)))
-    return float(np.max(error)), ulps, int(np.count_nonzero(equal)), float(ratio[place]), place
-
-
 def _expand(candidates: Sequence[str | Candidate] | None) -> list[Candidate]:
     if candidates is None:
-        return choose()
+        return choose(["eager", "numpy"])
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"compare expects a list of candidates, got {candidates!r}")
     expanded: list[Candidate] = []
@@ -343,73 +260,182 @@ def _expand(candidates: Sequence[str | Candidate] | None) -> list[Candidate]:
     return expanded
 
 
-def _check_model(role: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"compare expects {role} to be a torch.nn.Module, got {_kind(model)}")
-    if not find_layers(model):
-        raise TypeError(f"compare expects {role} to have layers, got {model}")
-    for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
-            raise ValueError(
-                f"compare expects {role} with values, got {name!r} on the meta device; call "
-                "to_empty(device='cpu') and then reset_parameters() or load_state_dict() first"
+def _judge(
+    model: nn.Module, candidate: Candidate, trace: Trace, problem: Problem, x: Array
+) -> list[Row]:
+    """Measure each call that `trace` shows, and the output where the calls do not tell all."""
+    rows = []
+    times: Counter[str] = Counter()
+    chain = is_chain(model) and problem.judges is not None
+    error: Array | None = None
+    start = x
+    for call in trace.calls if problem.judges is not None else []:
+        assert problem.judges is not None
+        judge = problem.judges[call.path]
+        exact, bound = judge(call.input, None)
+        isolated = measure(call.output, exact, bound, candidate.dtype)
+        chained = None
+        if chain:
+            x, error = carried(judge, x, error, problem.precision)
+            chained = measure(call.output, x, error, candidate.dtype)
+        times[call.path] += 1
+        again = f" (call {times[call.path]})" if times[call.path] > 1 else ""
+        layer = find_layers(model)[call.path]
+        twin = find_twin(layer)
+        basis = PROVEN if twin is not None and twin.bound is not None else FACTORED
+        rows.append(_row(candidate, call.path + again, call.kind, isolated, chained, basis))
+    shown = chain and bool(rows)
+    if not shown or not np.array_equal(trace.output, trace.calls[-1].output, equal_nan=True):
+        exact, bound, basis = problem.output(start)
+        measured = measure(trace.output, exact, bound, candidate.dtype)
+        path, kind = "(output)", type(model).__name__
+        if chain and not shown:
+            path, layer = list(find_layers(model).items())[-1]
+            kind = type(layer).__name__
+        rows.append(_row(candidate, path, kind, None, measured, basis))
+    return rows
+
+
+def _row(
+    candidate: Candidate,
+    layer: str,
+    kind: str,
+    isolated: Measured | None,
+    chained: Measured | None,
+    basis: str,
+) -> Row:
+    shown = [each for each in (isolated, chained) if each is not None]
+    decisive = max(shown, key=lambda measured: measured.ratio)
+    return Row(
+        candidate=candidate.name,
+        device=str(candidate.device),
+        dtype=candidate.dtype_name,
+        layer=layer,
+        kind=kind,
+        max_abs=shown[0].max_abs,
+        max_ulp=shown[0].max_ulp,
+        bit_equal=shown[0].bit_equal,
+        isolated_ratio=None if isolated is None else isolated.ratio,
+        chained_ratio=None if chained is None else chained.ratio,
+        chained_ulp=None if chained is None else chained.max_ulp,
+        bound_ratio=decisive.ratio,
+        basis=basis,
+        worst=decisive.worst,
+        ulps=shown[0].ulps,
+        unbounded=shown[0].unbounded,
+    )
+
+
+def _notes(model: nn.Module, reference: Reference, problem: Problem, called: set[str]) -> list[str]:
+    kind = type(model).__name__
+    if problem.judges is None:
+        return [f"Only the output of {kind} is judged: {problem.mismatch}."]
+    notes = []
+    if not is_chain(model):
+        notes.append(
+            f"{kind} is no plain chain of layers: what happens between its layers is judged by its "
+            "output alone, with an estimated bound"
+            + (
+                ", and against itself; name a reference to find what is wrong in both."
+                if reference is model
+                else "."
             )
-
-
-def _check_input(input: Any) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(
-            f"compare expects input to be a torch.Tensor, got {_kind(input)}; "
-            "call torch.as_tensor(input, dtype=torch.float32) first"
         )
-    if not input.is_floating_point():
-        raise TypeError(
-            f"compare expects a floating-point input, got {input.dtype}; call input.float() first"
-        )
-    if input.is_meta:
-        raise ValueError("compare expects an input with values, got one on the meta device")
-    if input.numel() == 0:
-        raise ValueError(
-            f"compare expects at least one sample, got an input of shape {tuple(input.shape)}"
-        )
+    uncalled = [path for path in find_layers(model) if called and path not in called]
+    if uncalled:
+        notes.append(f"Never called, so not judged: {', '.join(uncalled)}.")
+    return notes
 
 
-def _check_finite(
-    model: nn.Module, problem: nn.Module, input: Tensor, candidate: Candidate
-) -> None:
-    """No verdict on NaN: everything would equal everything."""
-    parts = [("input", input)]
-    parts += [(f"model parameter {name!r}", value) for name, value in model.named_parameters()]
-    parts += [(f"reference parameter {name!r}", p) for name, p in problem.named_parameters()]
-    for name, tensor in parts:
-        broken = (~torch.isfinite(tensor.detach())).nonzero()
-        if len(broken):
-            index = tuple(broken[0].tolist())
-            raise ValueError(
-                f"compare expects finite numbers, got {tensor[index].item()} in {name} at {index} "
-                f"in {candidate.dtype_name} ({len(broken)} of {tensor.numel()} are not finite)"
-            )
+def _simd_exp(trace: Trace) -> list[str]:
+    """Name NumPy's float32 exp where it, and not summing or dividing, costs the last bits."""
+    for call in trace.calls:
+        if "softmax" not in call.kind.lower() or not np.isfinite(call.input).all():
+            continue
+        x = call.input.astype(np.float32)
+        with np.errstate(all="ignore"):
+            shifted = x - x.max(axis=-1, keepdims=True)
+            right = np.exp(shifted.astype(np.float64)).astype(np.float32)
+            wrong = np.count_nonzero(np.exp(shifted) != right)
+        if wrong:
+            return [
+                f"NumPy's float32 exp, in vector instructions, is not correctly rounded for "
+                f"{wrong} of {x.size} numbers in layer {call.path}; "
+                "NPY_DISABLE_CPU_FEATURES=X86_V3 turns these off."
+            ]
+    return []
 
 
-def _pair(model: nn.Module, reference: nn.Module) -> dict[str, nn.Module]:
-    """The reference's layers by the model's paths, paired in order."""
-    ours, theirs = find_layers(model), find_layers(reference)
-    for path, layer, other in zip_longest(ours, ours.values(), theirs.values()):
-        expected = _signature(layer) if layer else f"no more after {len(ours)} layers"
-        got = _signature(other) if other else f"none after {len(theirs)} layers"
-        if expected != got:
-            raise ValueError(
-                f"compare expects the reference's layer for {path!r} to be {expected}, got {got}"
-            )
-    return dict(zip(ours, theirs.values(), strict=True))
+#: Rows of the input that a control is tried on first; what is rejected there is rejected.
+_FEW = 1000
 
 
-def _signature(layer: nn.Module) -> str:
-    """What must be the same of two layers that are paired: the computation and its shapes."""
-    arguments = twin_of(layer).arguments(layer).items()
-    shapes = [f"{name}={getattr(value, 'shape', value)}" for name, value in arguments]
-    return f"{twin_of(layer).forward.__name__}({', '.join(shapes)})"
+def _controls(model: nn.Module, input: Tensor, candidate: Candidate) -> tuple[Control, ...]:
+    """Break copies of `model` in every way that `BREAKS` knows, and judge them by the model."""
+    eager = Candidate("eager", candidate.device, candidate.dtype)
+    problem = pose(model, model, eager.dtype)
+    tried = []
+    for name in BREAKS:
+        whole = input.detach().to(eager.device, eager.dtype)
+        step = -(-len(whole) // _FEW) if whole.ndim > 1 else 1
+        control = None
+        for part in (whole[::step], whole) if step > 1 else (whole,):
+            control = _try(name, model, part, eager, problem)
+            if control.outcome == "rejected":
+                break
+        assert control is not None
+        tried.append(control)
+    return tuple(tried)
 
 
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def _try(
+    name: str, model: nn.Module, input: Tensor, candidate: Candidate, problem: Problem
+) -> Control:
+    """Judge one broken twin, and where it is not rejected, ask float64 whether it could be."""
+    path = ""
+
+    def judged(dtype: torch.dtype, device: torch.device | str) -> Row:
+        nonlocal path
+        twin = copy.deepcopy(model).to(candidate.dtype).to(device, dtype)
+        given = input.to(device, dtype, copy=True)
+        x = to_numpy(given)
+        path = BREAKS[name](twin, given)
+        rows = _judge(twin, candidate, KINDS["eager"].run(twin, given), problem, x)
+        return next((row for row in rows if not row.ok), max(rows, key=lambda row: row.bound_ratio))
+
+    try:
+        if name == UNSHIFTED:
+            model, input, problem = _alone(model, input, candidate)
+        row = judged(candidate.dtype, candidate.device)
+        if not row.ok:
+            reason = f"{row.bound_ratio:.3g} times its bound at layer {report.label(row)}"
+            return Control(name, path, "rejected", reason)
+        ratio = judged(torch.float64, "cpu").bound_ratio
+    except NotHereError as error:
+        return Control(name, path, "indistinguishable", str(error))
+    if ratio > 2:
+        return Control(name, path, "passed", f"off by {ratio:.3g} times what rounding explains")
+    reason = (
+        f"without rounding it is off by {ratio:.2g} of what rounding in {candidate.dtype_name} "
+        "explains"
+        if ratio
+        else "on this input it computes the same"
+    )
+    return Control(name, path, "indistinguishable", reason)
+
+
+def _alone(
+    model: nn.Module, input: Tensor, candidate: Candidate
+) -> tuple[nn.Module, Tensor, Problem]:
+    """The last softmax by itself, on the logits it gets here, scaled to size 100."""
+    path, layer = find_last(model, nn.Softmax)
+    ready = copy.deepcopy(model).to(candidate.device, candidate.dtype)
+    given = input.to(candidate.device, candidate.dtype, copy=True)
+    calls = KINDS["eager"].run(ready, given).calls
+    logits = next((call.input for call in calls if call.path == path), np.zeros(1))
+    size = float(logits.flat[np.argmax(np.abs(logits))])
+    if not 0 < abs(size) < np.inf:
+        raise NotHereError("its logits here are all zero")
+    # With its sign, so that the largest is 100 and not -100.
+    scaled = torch.from_numpy(logits * (100 / size)).to(candidate.device, candidate.dtype)
+    return layer, scaled, pose(layer, layer, candidate.dtype)

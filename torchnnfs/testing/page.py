@@ -18,7 +18,6 @@ from torch import nn
 from torchnnfs import book
 from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
-from torchnnfs.streams import book_numpy
 from torchnnfs.testing import reference
 from torchnnfs.testing.reference import Array
 
@@ -79,7 +78,7 @@ def compute(device: torch.device) -> list[Printed]:
         for layer in dialect
         if isinstance(layer, book.Layer_Dense)
     )
-    with torch.no_grad(), book_numpy():
+    with torch.no_grad():
         return [
             Printed(
                 f"torchnnfs.book on {device}",
@@ -123,8 +122,10 @@ def show(computed: list[Printed], console: Console) -> bool:
     blocks = [_block(each, carets, marked) for each, carets in zip(computed, marks, strict=True)]
     if console.width >= 120:
         grid = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
+        for _ in blocks:
+            grid.add_column(no_wrap=True, overflow="ignore")
         grid.add_row(*blocks)
-        console.print(grid)
+        console.print(grid, crop=False)
     else:
         console.print(*blocks, sep="\n")
     right = ours.text == PAGE

@@ -1,29 +1,31 @@
-"""The verdict for people: a table and a sentence."""
+"""The verdict for people: a table and sentences, on a terminal or as Markdown."""
 
 from __future__ import annotations
 
 import io
 from typing import TYPE_CHECKING
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from torchnnfs.testing.comparison import Comparison, Row
 
-
-CAPTION = (
-    "Candidates: eager is torch as it is, numpy the book's NumPy (float32, after nnfs.init()).\n"
-    "The reference is NumPy in float64. bits equal: share of elements that are its correctly\n"
-    "rounded results. isolated: largest error over its bound, each layer on the input it really\n"
-    "got. chained: the same from the first input on. Up to 1, rounding explains the error;\n"
-    "near 0 a result may be off by many ULP (units in the last place) and still be right."
+#: What the columns of the table mean.
+LEGEND = (
+    "The reference is NumPy in float64. bits equal: share of elements that are its result,\n"
+    "correctly rounded. isolated: largest error over its bound, each layer on the input it got;\n"
+    "chained: the same from the first input on. Up to 1, rounding explains the error; near 0 a\n"
+    "result may be many ULP (units in the last place) off and still be right. Candidate numpy\n"
+    "is the book's NumPy, in float32 after nnfs.init()."
 )
 
 
 def table(comparison: Comparison) -> Table:
     """One line for each candidate and layer."""
-    grid = Table(caption=CAPTION, caption_justify="left")
+    grid = Table()
     for heading in ("candidate", "device", "dtype", "layer"):
         grid.add_column(heading, no_wrap=True)
     for heading in ("max |error|", "max ULP", "bits equal", "isolated", "chained"):
@@ -34,15 +36,16 @@ def table(comparison: Comparison) -> Table:
         now = (row.candidate, row.device, row.dtype)
         if before not in (None, now):
             grid.add_section()
+        verdict = "[green]ok[/]" if row.ok else "[bold red]differs[/]"
         grid.add_row(
             *(now if now != before else ("", "", "")),
-            label(row),
+            Text(label(row)),
             f"{row.max_abs:.1e}",
             f"{row.max_ulp:.2f}" if row.max_ulp < 1e4 else f"{row.max_ulp:.0e}",
             f"{row.bit_equal:.1%}",
             _ratio(row.isolated_ratio),
-            "" if row.chained_ratio is None else _ratio(row.chained_ratio),
-            "[green]ok[/]" if row.ok else "[bold red]differs[/]",
+            _ratio(row.chained_ratio),
+            verdict if row.basis == "rounding" else f"{verdict} (bound: {row.basis})",
         )
         before = now
     return grid
@@ -53,7 +56,9 @@ def label(row: Row) -> str:
     return f"{row.layer} {row.kind}".strip()
 
 
-def _ratio(ratio: float) -> str:
+def _ratio(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
     return f"{ratio:.2f}" if ratio < 1e3 else f"{ratio:.0e}"
 
 
@@ -78,12 +83,58 @@ def _where(row: Row) -> str:
     return f"{row.candidate} on {row.device} in {row.dtype}, layer {label(row)}"
 
 
+def remarks(comparison: Comparison) -> list[str]:
+    """What stands between the table and the verdict: accuracy, controls, notes."""
+    return [*_accuracy(comparison), *_controls(comparison), *comparison.notes]
+
+
+def _accuracy(comparison: Comparison) -> list[str]:
+    """Who is closer to float64, from the first input to the last layer, in each dtype."""
+    last: dict[str, dict[str, Row]] = {}
+    for row in comparison.rows:
+        if row.chained_ulp is not None:
+            last.setdefault(row.dtype, {})[f"{row.candidate} on {row.device}"] = row
+    return [
+        f"Closest to float64 at the end, in {dtype}: "
+        + ", ".join(
+            f"{name} ({row.chained_ulp:.2f} ULP, {_ratio(row.chained_ratio)} of the bound)"
+            for name, row in sorted(rows.items(), key=lambda each: each[1].chained_ulp or 0.0)
+        )
+        + "."
+        for dtype, rows in last.items()
+        if len(rows) > 1
+    ]
+
+
+def _controls(comparison: Comparison) -> list[str]:
+    if not comparison.controls:
+        return []
+    by_outcome: dict[str, list[str]] = {}
+    for control in comparison.controls:
+        by_outcome.setdefault(control.outcome, []).append(f"{control.name} ({control.reason})")
+    rejected, total = len(by_outcome.get("rejected", [])), len(comparison.controls)
+    lines = [f"Controls: {rejected} of {total} deliberately broken twins of this network rejected."]
+    if "indistinguishable" in by_outcome:
+        lines.append(f"Indistinguishable here: {'; '.join(by_outcome['indistinguishable'])}.")
+    if "passed" in by_outcome:
+        lines.append(
+            "THIS RUN PROVES LITTLE: broken twins passed as correct: "
+            f"{'; '.join(by_outcome['passed'])}."
+        )
+    elif not rejected:
+        lines.append("THIS RUN PROVES LITTLE: no broken twin could be told from the network.")
+    return lines
+
+
 def show(comparison: Comparison, console: Console) -> None:
     """Print the table, what it leaves out, and the verdict."""
-    console.print(table(comparison))
-    for note in comparison.notes:
-        console.print(note, markup=False, soft_wrap=True)
-    console.print(verdict(comparison), markup=False, soft_wrap=True)
+    # Numbers that are cut off are of no use: on a narrow terminal the lines run over.
+    console.print(table(comparison), width=max(console.width, 116), crop=False, soft_wrap=True)
+    console.print(f"{LEGEND}\n", style="dim", soft_wrap=True)
+    for remark in remarks(comparison):
+        console.print(remark, markup=False, soft_wrap=True)
+    style = "bold green" if comparison.ok else "bold red"
+    console.print(verdict(comparison), style=style, markup=False, soft_wrap=True)
 
 
 def as_text(comparison: Comparison) -> str:
@@ -91,3 +142,21 @@ def as_text(comparison: Comparison) -> str:
     buffer = io.StringIO()
     show(comparison, Console(file=buffer, width=120, color_system=None))
     return buffer.getvalue().rstrip()
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The verdict first, then the table and the rest, as for a pull request."""
+    buffer = io.StringIO()
+    grid = table(comparison)
+    grid.box, grid.show_edge = MARKDOWN, True
+    for column in grid.columns:
+        column._cells = [str(cell).replace("|error|", "error") for cell in column._cells]
+        column.header = str(column.header).replace("|", "")
+    for row in grid.rows:
+        row.end_section = False
+    Console(file=buffer, width=400, color_system=None).print(grid)
+    lines = [line.rstrip() for line in buffer.getvalue().strip().splitlines()]
+    facts = ", ".join(f"{name} {fact}" for name, fact in comparison.environment.items())
+    parts = [f"**{verdict(comparison)}**", "\n".join(lines)]
+    parts += [f"- {remark}" for remark in remarks(comparison)]
+    return "\n\n".join([*parts, f"<sub>{facts}</sub>"]) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from torchnnfs.testing import bounds, reference
+from torchnnfs.testing.bounds import Precision
 from torchnnfs.testing.reference import Array
+
+#: What a layer without a bound of its own may be off by, in units roundoff of its largest output.
+FACTOR = 64
 
 
 @dataclass(frozen=True)
@@ -20,13 +25,32 @@ class Twin:
 
     Attributes:
         forward: ``forward(x, **arguments)``, the computation.
-        bound: ``bound(x, error, precision, **arguments)``, see `torchnnfs.testing.bounds`.
+        bound: ``bound(x, error, precision, **arguments)``, see `torchnnfs.testing.bounds`; None
+            where nothing better is known than `FACTOR` units roundoff of the largest output.
         arguments: reads the arguments off a module, its parameters as float64 arrays.
     """
 
     forward: Callable[..., Array]
-    bound: Callable[..., Array]
+    bound: Callable[..., Array] | None
     arguments: Callable[[Any], dict[str, Any]]
+
+    def compute(
+        self, x: Array, error: Array | None, precision: Precision, arguments: dict[str, Any]
+    ) -> tuple[Array, Array]:
+        """The exact output and how far a computed one may be from it.
+
+        `error` is that of the input, None for an exact input.
+        """
+        with np.errstate(all="ignore"):
+            exact = self.forward(x, **arguments)
+            if self.bound is not None:
+                error = np.zeros_like(x) if error is None else error
+                return exact, self.bound(x, error, precision, **arguments)
+            assert error is None
+            size = np.max(np.abs(exact), initial=0.0, where=np.isfinite(exact))
+            return exact, precision.stored(
+                exact, np.full_like(exact, FACTOR * precision.unit * size + precision.tiny)
+            )
 
 
 def _dense_arguments(layer: nn.Linear) -> dict[str, Any]:
@@ -34,11 +58,75 @@ def _dense_arguments(layer: nn.Linear) -> dict[str, Any]:
     return {"weights": to_numpy(layer.weight).T, "biases": biases}
 
 
+def _dropout_arguments(layer: nn.Dropout) -> dict[str, Any]:
+    if layer.training and layer.p > 0:
+        raise ValueError(
+            f"compare expects {layer} to be in eval mode, got it in training mode, where it is "
+            "random; call model.eval() first"
+        )
+    return {}
+
+
+def _dim(layer: Any) -> dict[str, Any]:
+    if layer.dim is None:
+        raise ValueError(f"compare expects {type(layer).__name__} to name its dim, got {layer}")
+    return {"dim": layer.dim}
+
+
+_NOTHING: Callable[[Any], dict[str, Any]] = lambda layer: {}  # noqa: E731
 _TWINS: dict[type[nn.Module], Twin] = {
     nn.Linear: Twin(reference.dense, bounds.dense, _dense_arguments),
-    nn.ReLU: Twin(reference.relu, bounds.relu, lambda layer: {}),
-    nn.Softmax: Twin(reference.softmax, bounds.softmax, lambda layer: {"dim": layer.dim}),
+    nn.ReLU: Twin(reference.relu, bounds.relu, _NOTHING),
+    nn.Softmax: Twin(reference.softmax, bounds.softmax, _dim),
+    nn.LogSoftmax: Twin(reference.log_softmax, bounds.log_softmax, _dim),
+    nn.Identity: Twin(reference.identity, bounds.identity, _NOTHING),
+    nn.Dropout: Twin(reference.identity, bounds.identity, _dropout_arguments),
+    nn.Flatten: Twin(
+        reference.flatten,
+        bounds.flatten,
+        lambda layer: {"start_dim": layer.start_dim, "end_dim": layer.end_dim},
+    ),
 }
+
+
+def register(
+    module_type: type[nn.Module],
+    forward: Callable[..., Array] | None = None,
+    bound: Callable[..., Array] | None = None,
+    arguments: Callable[[Any], dict[str, Any]] = _NOTHING,
+) -> None:
+    """Let `compare` judge layers of a type of your own, and of what derives from it.
+
+    Args:
+        module_type: the type.
+        forward: its computation in NumPy, ``forward(x, **arguments(layer))``, on float64 arrays;
+            None: a float64 run of the layer itself, which shows its rounding and nothing else.
+        bound: ``bound(x, error, precision, **arguments(layer))``, as in
+            `torchnnfs.testing.bounds`; None: 64 units roundoff of the largest output, and the rows
+            say so.
+        arguments: reads the arguments off a layer, its parameters as float64 arrays.
+
+    Raises:
+        TypeError: `module_type` is no type of module.
+
+    Example:
+        >>> import numpy as np
+        >>> from torch import nn
+        >>> from torchnnfs import Dense, compare, spiral
+        >>> register(nn.Tanh, np.tanh)
+        >>> compare(nn.Sequential(Dense(2, 3), nn.Tanh()), spiral()[0]).ok
+        True
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"register expects a type of torch.nn.Module, got {module_type!r}")
+    if forward is None:
+        forward, arguments = _run_itself, lambda layer: {"layer": layer}
+    _TWINS[module_type] = Twin(forward, bound, arguments)
+
+
+def _run_itself(x: Array, layer: nn.Module) -> Array:
+    with torch.no_grad():
+        return to_numpy(copy.deepcopy(layer).to("cpu", torch.float64)(torch.from_numpy(x)))
 
 
 def find_twin(layer: nn.Module) -> Twin | None:
@@ -76,16 +164,18 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         where = f"at {path!r} " if path else ""
         raise TypeError(
             f"compare knows no NumPy computation for {type(module).__name__} {where}in the model; "
-            f"it knows {known} and what derives from them"
+            f"it knows {known} and what derives from them; "
+            "tell it with torchnnfs.testing.register"
         )
     for name, child in children:
         yield from _walk(child, f"{path}.{name}" if path else name)
 
 
 def is_chain(model: nn.Module) -> bool:
-    """Whether `model` is one layer after the other: a layer, or a Sequential of chains."""
-    if find_twin(model) is not None:
-        return True
+    """Whether `model` is one layer with a bound after the other, so that errors can be carried."""
+    twin = find_twin(model)
+    if twin is not None:
+        return twin.bound is not None
     plain = type(model).forward is nn.Sequential.forward
     return plain and all(is_chain(child) for child in model.children())
 

@@ -1,0 +1,48 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def check_writable(option: str, name: str) -> None:
+    """Find out before the work whether a file can be written after it.
+
+    Raises:
+        ValueError: it cannot, and why.
+    """
+    path = Path(name)
+    what = f"{option} {name!r}"
+    try:
+        if not name or path.is_dir():
+            raise ValueError(f"{what} names no file")
+        if not path.parent.is_dir():
+            raise ValueError(f"{what}: there is no directory {str(path.parent)!r}")
+        special = path.exists() and not path.is_file()
+        if not os.access(path if special else path.parent, os.W_OK):
+            raise ValueError(f"{what} cannot be written")
+    except OSError as error:
+        raise ValueError(f"{what} cannot be written: {error.strerror}") from None
+
+
+def write_whole(name: str, content: bytes) -> None:
+    """Write a file whole or not at all; what is no regular file (a pipe) is written to.
+
+    Raises:
+        ValueError: it cannot be written, and why.
+    """
+    try:
+        path = Path(name)
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        path = path.resolve()
+        part = path.with_name(f".{os.getpid()}.part")
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{name!r} cannot be written: {error.strerror}") from None
