@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -16,6 +18,7 @@ from rich.console import Console
 
 from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
+from torchnnfs.testing import html, plot
 from torchnnfs.testing.candidates import (
     DTYPES,
     KINDS,
@@ -82,9 +85,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"who is judged, of {', '.join(KINDS)} (default: all but compiled, as far as their "
         "packages are here)",
     )
+    add("--backward", action="store_true", help="judge the gradients of torch eager as well")
     add("--no-controls", action="store_true", help="do not try deliberately broken twins")
+    add("--golden", metavar="FILE.npz", help="judge what candidates gave on another machine, too")
+    add("--save-golden", metavar="FILE.npz", help="write what the candidates gave here to a file")
     add("--json", metavar="FILE", help="write the outcome as JSON; - is standard output")
     add("--markdown", metavar="FILE", help="write the report as Markdown; - is standard output")
+    add("--html", metavar="FILE", help="write the report as one page with pictures")
+    add("--plot", metavar="FILE", help="write the pictures as .png or .svg")
     page = commands.add_parser(
         "page",
         help="print chapter 4's page in the book's arithmetic, and what others print",
@@ -146,6 +154,16 @@ def _candidates(
     return chosen, skipped
 
 
+def _kind(name: str) -> str:
+    """The kind of picture that a file's name asks for."""
+    kind = Path(name).suffix.lower().removeprefix(".")
+    if kind not in plot.KINDS:
+        raise ValueError(f"--plot {name!r} ends neither in .png nor in .svg")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("plots need matplotlib: pip install 'torchnnfs[plot]'")
+    return kind
+
+
 def _show(
     arguments: argparse.Namespace,
     widths: Sequence[int],
@@ -191,41 +209,50 @@ def _page(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     devices = _devices(arguments.device)
     dtypes = [DTYPES[name] for name in dict.fromkeys(arguments.dtype)]
-    files = {option: vars(arguments)[option] for option in ("json", "markdown")}
+    render: dict[str, Callable[[Comparison], bytes]] = {
+        "json": lambda comparison: f"{comparison.to_json()}\n".encode(),
+        "markdown": lambda comparison: as_markdown(comparison).encode(),
+        "html": lambda comparison: html.page(comparison).encode(),
+        "plot": lambda comparison: plot.render(comparison, _kind(arguments.plot)),
+    }
+    files = {option: vars(arguments)[option] for option in render}
     files = {option: name for option, name in files.items() if name is not None}
-    for option, name in files.items():
-        if name != "-":
+    if "plot" in files:
+        _kind(arguments.plot)  # before the work, not after it
+    for option, name in {**files, "save-golden": arguments.save_golden}.items():
+        if name not in ("-", None):
             check_writable(f"--{option}", name)
     widths = (2, *arguments.hidden, arguments.classes)
     _check_memory(widths, arguments.samples * arguments.classes)
     candidates, skipped = _candidates(arguments, devices, dtypes)
     # Data first, then the network, as the book draws them.
     stream = np.random.RandomState(arguments.seed)
-    points, _ = spiral(arguments.samples, arguments.classes, generator=stream, device="cpu")
+    points, target = spiral(arguments.samples, arguments.classes, generator=stream, device="cpu")
     model = classifier(*widths, generator=stream, device="cpu")
     with Console(stderr=True).status("") as status:
         comparison = compare(
             model,
             points,
             candidates=candidates,
+            golden_file=arguments.golden,
+            backward=arguments.backward,
+            target=target,
             controls=not arguments.no_controls,
             progress=lambda step: status.update(f"judging: {step}"),
         )
-    render: dict[str, Callable[[], str]] = {
-        "json": lambda: comparison.to_json() + "\n",
-        "markdown": lambda: as_markdown(comparison),
-    }
+    if arguments.save_golden is not None:
+        comparison.save_golden(arguments.save_golden)
     # Files first: what is printed may go to a reader who stops reading.
     failure = None
     for option, name in files.items():
         try:
             if name != "-":
-                write_whole(name, render[option]().encode())
+                write_whole(name, render[option](comparison))
         except ValueError as error:
             failure = error
     printed = [option for option, name in files.items() if name == "-"]
     for option in printed:
-        print(render[option](), end="")
+        print(render[option](comparison).decode(), end="")
     if not printed:
         _show(arguments, widths, comparison, skipped)
     if failure is not None:

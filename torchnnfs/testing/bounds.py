@@ -156,7 +156,8 @@ def log_softmax(x: Array, error: Array, precision: Precision, dim: int = -1) -> 
     """``e + max e + u (m - x + 2 max e) + s / (1 - s) + 2 u (...)``.
 
     The logarithm of a sum of exponentials moves at most as far as the input that moves most. s is
-    the relative error of the computed sum, as in `softmax`; log and two subtractions round.
+    the relative error of the computed sum, as in `softmax`; log and two subtractions round. Of half
+    types torch keeps ``m + log sum`` in the stored type on the CPU.
     """
     u = precision.unit
     y = exact_log_softmax(x, dim)
@@ -170,6 +171,7 @@ def log_softmax(x: Array, error: Array, precision: Precision, dim: int = -1) -> 
         bound = error + widest + u * (depth + 2 * widest)
         bound = bound + np.where(s < 1, s / (1 - s), np.inf) + 2 * EXP_ULP * u * log
         bound = bound + u * (np.abs(y) + bound)
+        bound = bound + precision.stored_unit * np.abs(x - y) + precision.stored_tiny
     return precision.stored(y, bound + 2 * precision.tiny)
 
 

@@ -202,7 +202,8 @@ def _arguments(layer: nn.Module, dtype: Any) -> dict[str, Any]:
 
 
 def _compiled(model: nn.Module, input: Tensor) -> Trace:
-    with torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler itself uses
         return Trace([], to_numpy(torch.compile(model, fullgraph=True)(input)))
 
 

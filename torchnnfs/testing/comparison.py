@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchnnfs.testing import report
+from torchnnfs.testing import golden, html, report
 from torchnnfs.testing.candidates import KINDS, Candidate, Trace, choose
 from torchnnfs.testing.controls import BREAKS, UNSHIFTED, Control, NotHereError, find_last
 from torchnnfs.testing.environment import describe, precision_notes
+from torchnnfs.testing.golden import Recorded
+from torchnnfs.testing.gradients import gradients
 from torchnnfs.testing.inputs import check_finite, check_input, check_model
 from torchnnfs.testing.measure import Measured, Worst, measure
 from torchnnfs.testing.problem import FACTORED, PROVEN, Problem, carried, pose
@@ -86,6 +88,8 @@ class Comparison:
         notes: what a reader has to know beside the rows, such as what was not judged.
         input: the model's input.
         output: what the first candidate gave for it.
+        traces: each candidate with all that it showed.
+        model: a copy of the model, as it was.
     """
 
     rows: tuple[Row, ...]
@@ -94,6 +98,8 @@ class Comparison:
     notes: tuple[str, ...]
     input: Array = field(repr=False)
     output: Array = field(repr=False)
+    traces: tuple[tuple[Candidate | Recorded, Trace], ...] = field(repr=False)
+    model: nn.Module = field(repr=False)
 
     @property
     def ok(self) -> bool:
@@ -119,8 +125,19 @@ class Comparison:
         }
         return json.dumps(_json_safe(document), indent=2, allow_nan=False)
 
+    def save_golden(self, name: str) -> None:
+        """Write what the candidates gave to an ``.npz`` file for `compare` on another machine.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
+        golden.save(name, self.model, torch.from_numpy(self.input), self.traces, self.environment)
+
     def __str__(self) -> str:
         return report.as_text(self)
+
+    def _repr_html_(self) -> str:
+        return html.fragment(self)
 
 
 def _json_safe(value: Any) -> Any:
@@ -143,6 +160,9 @@ def compare(
     *,
     reference: Reference | None = None,
     candidates: Sequence[str | Candidate] | None = None,
+    golden_file: str | None = None,
+    backward: bool = False,
+    target: Tensor | None = None,
     controls: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> Comparison:
@@ -168,6 +188,12 @@ def compare(
             style, one for each layer of the model, with ``forward`` setting ``output``.
         candidates: names, which stand for every device of this machine in float32, or
             `Candidate` objects; default "eager" and "numpy".
+        golden_file: a file of `Comparison.save_golden`, made from the same model and input, whose
+            candidates are judged as well.
+        backward: whether to judge the gradients of torch eager as well, of the cross-entropy of
+            `target` averaged over the batch: to the output, and to the input and parameters of
+            each layer.
+        target: (N,) classes, for `backward`.
         controls: whether to show that broken twins of the model are rejected.
         progress: called with a few words before each step.
 
@@ -177,7 +203,8 @@ def compare(
             `input` that is no floating-point tensor; a `reference` of another kind.
         ValueError: an `input` that is empty, not finite or on the meta device; parameters that
             are not finite or on the meta device; another number of objects than layers; an unknown
-            candidate.
+            candidate; `backward` without a fitting `target`, or with a reference whose layers
+            cannot be paired.
 
     Example:
         >>> import torch
@@ -204,6 +231,7 @@ def compare(
     notes: list[str] = []
     called: set[str] = set()
     first: Array | None = None
+    traces: list[tuple[Candidate | Recorded, Trace]] = []
     for candidate in chosen:
         progress(f"{candidate.name} on {candidate.device} in {candidate.dtype_name}")
         ready = copy.deepcopy(model).to(candidate.device, candidate.dtype)
@@ -214,9 +242,17 @@ def compare(
         trace = KINDS[candidate.name].run(ready, received)
         rows += _judge(model, candidate, trace, problem, x)
         called |= {call.path for call in trace.calls}
+        if backward and candidate.name == "eager":
+            progress(f"gradients on {candidate.device} in {candidate.dtype_name}")
+            rows += _judge_gradients(candidate, ready, problem, input, target)
         first = trace.output if first is None else first
         if candidate.name == "numpy":
             notes += _simd_exp(trace)
+        traces.append((candidate, trace))
+    for recorded, trace in golden.load(golden_file, model, input) if golden_file else []:
+        problem = pose(model, reference, recorded.dtype)
+        x = to_numpy(input.detach().to("cpu", recorded.dtype))
+        rows += _judge(model, recorded, trace, problem, x)
     assert first is not None
     notes = _notes(model, reference, posed[chosen[0].dtype], called) + notes
     notes += [
@@ -230,8 +266,16 @@ def compare(
     if controls and posed[chosen[0].dtype].judges is not None:
         progress("negative controls")
         tried = _controls(model, input, next((c for c in chosen if c.name == "eager"), chosen[0]))
-    environment = describe(row.device for row in rows)
-    return Comparison(tuple(rows), tried, environment, tuple(notes), to_numpy(input), first)
+    return Comparison(
+        rows=tuple(rows),
+        controls=tried,
+        environment=describe(str(each.device) for each in chosen),
+        notes=tuple(notes),
+        input=to_numpy(input),
+        output=first,
+        traces=tuple(traces),
+        model=copy.deepcopy(model),
+    )
 
 
 def assert_agrees(model: nn.Module, input: Tensor, **keywords: Any) -> None:
@@ -261,7 +305,7 @@ def _expand(candidates: Sequence[str | Candidate] | None) -> list[Candidate]:
 
 
 def _judge(
-    model: nn.Module, candidate: Candidate, trace: Trace, problem: Problem, x: Array
+    model: nn.Module, candidate: Candidate | Recorded, trace: Trace, problem: Problem, x: Array
 ) -> list[Row]:
     """Measure each call that `trace` shows, and the output where the calls do not tell all."""
     rows = []
@@ -296,8 +340,26 @@ def _judge(
     return rows
 
 
+def _judge_gradients(
+    candidate: Candidate, model: nn.Module, problem: Problem, input: Tensor, target: Tensor | None
+) -> list[Row]:
+    if target is None:
+        raise ValueError("compare with backward expects a target, the classes of the input's rows")
+    if problem.module is None or problem.judges is None:
+        raise ValueError(
+            "compare with backward expects as reference a module with the model's own layers"
+        )
+    received = input.detach().to(candidate.device, candidate.dtype, copy=True)
+    with np.errstate(all="ignore"):
+        found = list(gradients(model, problem.module, received, target, problem.precision))
+    return [
+        _row(candidate, each.path, each.kind, measure(*each[2:], candidate.dtype), None, PROVEN)
+        for each in found
+    ]
+
+
 def _row(
-    candidate: Candidate,
+    candidate: Candidate | Recorded,
     layer: str,
     kind: str,
     isolated: Measured | None,

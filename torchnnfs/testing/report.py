@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import MARKDOWN
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -129,7 +130,9 @@ def _controls(comparison: Comparison) -> list[str]:
 def show(comparison: Comparison, console: Console) -> None:
     """Print the table, what it leaves out, and the verdict."""
     # Numbers that are cut off are of no use: on a narrow terminal the lines run over.
-    console.print(table(comparison), width=max(console.width, 116), crop=False, soft_wrap=True)
+    grid = table(comparison)
+    natural = Measurement.get(console, console.options.update(width=500), grid).maximum
+    console.print(grid, width=max(console.width, natural), crop=False, soft_wrap=True)
     console.print(f"{LEGEND}\n", style="dim", soft_wrap=True)
     for remark in remarks(comparison):
         console.print(remark, markup=False, soft_wrap=True)

@@ -125,8 +125,10 @@ def register(
 
 
 def _run_itself(x: Array, layer: nn.Module) -> Array:
+    alone = copy.deepcopy(layer).to("cpu", torch.float64)
+    # By its forward, not by a call: the hooks that watch the layer are not part of it.
     with torch.no_grad():
-        return to_numpy(copy.deepcopy(layer).to("cpu", torch.float64)(torch.from_numpy(x)))
+        return to_numpy(alone.forward(torch.from_numpy(x)))
 
 
 def find_twin(layer: nn.Module) -> Twin | None:

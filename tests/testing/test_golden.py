@@ -1,0 +1,107 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from torchnnfs import classifier, compare, spiral
+from torchnnfs.__main__ import main
+from torchnnfs.testing import Candidate
+from torchnnfs.testing.candidates import devices_here
+
+
+@pytest.fixture
+def chapter(stream):
+    points, _ = spiral(generator=stream)
+    return classifier(2, 3, 3, generator=stream), points
+
+
+@pytest.fixture
+def golden(chapter, tmp_path):
+    name = str(tmp_path / "golden.npz")
+    here = [Candidate("eager", device) for device in devices_here()]
+    candidates = [*here, Candidate(dtype=torch.bfloat16), "numpy"]
+    compare(*chapter, candidates=candidates).save_golden(name)
+    return name
+
+
+def change(name, edit):
+    """Edit the arrays of a file and write it again."""
+    with np.load(name) as file:
+        arrays = dict(file)
+    edit(arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with open(name, "wb") as file:
+        file.write(buffer.getvalue())
+
+
+def test_what_was_recorded_is_judged_as_if_it_ran_here(chapter, golden):
+    first = compare(*chapter, candidates=["eager"])
+    comparison = compare(*chapter, candidates=["eager"], golden_file=golden)
+    assert comparison.ok, comparison
+    ours = [row for row in comparison.rows if not row.candidate.startswith("golden")]
+    theirs = [row for row in comparison.rows if row.candidate == "golden eager"]
+    assert len(ours) == len(first.rows)
+    assert [row.max_abs for row in theirs[:4]] == [row.max_abs for row in ours[:4]]
+    assert theirs[0].device.startswith("cpu (")
+    assert {row.dtype for row in theirs} == {"float32", "bfloat16"}
+    assert any(row.candidate == "golden numpy" for row in comparison.rows)
+
+
+def test_a_wrong_recording_is_a_divergence(chapter, tmp_path, monkeypatch):
+    name = str(tmp_path / "wrong.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "relu", lambda input, inplace: input)
+        compare(*chapter, candidates=["eager"]).save_golden(name)
+    comparison = compare(*chapter, candidates=["eager"], golden_file=name)
+    assert comparison.first_divergence.candidate == "golden eager"
+    assert comparison.first_divergence.layer == "1"
+
+
+def test_other_data_or_another_network_is_refused(chapter, golden):
+    model, points = chapter
+    with pytest.raises(ValueError, match="was made from another input"):
+        compare(model, points * 2, golden_file=golden)
+    with pytest.raises(ValueError, match=r"was made from another parameter 0.weight"):
+        compare(classifier(2, 3, 3), points, golden_file=golden)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda a: a.update({"0 output": a["0 output"] * 2}), "damaged: its content does not"),
+        (lambda a: a.pop("about"), "is no golden file"),
+        (lambda a: a.update(about=np.frombuffer(b"{}", np.uint8)), "is no golden file"),
+        (lambda a: a.update(about=np.array([{}], object)), "is no golden file"),
+    ],
+    ids=["edited", "no about", "empty about", "pickle"],
+)
+def test_damage_is_found(chapter, golden, edit, message):
+    change(golden, edit)
+    with pytest.raises(ValueError, match=message):
+        compare(*chapter, golden_file=golden)
+
+
+def test_another_version_is_refused(chapter, golden):
+    def newer(arrays):
+        about = json.loads(arrays["about"].tobytes())
+        about["version"] = 2
+        arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+
+    change(golden, newer)
+    with pytest.raises(ValueError, match="has version 2 of the format, expected 1"):
+        compare(*chapter, golden_file=golden)
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    name = str(tmp_path / "golden.npz")
+    command = ["compare", "--candidates", "eager", "--no-controls", "--device", "cpu"]
+    assert main([*command, "--save-golden", name]) == 0
+    assert main([*command, "--golden", name]) == 0
+    assert "golden eager" in capsys.readouterr().out
+    assert main([*command, "--golden", name, "--seed", "1"]) == 2
+    assert "was made from another input" in capsys.readouterr().err
+    assert main([*command, "--golden", "nowhere.npz"]) == 2
+    assert main([*command, "--save-golden", "/nowhere/a.npz"]) == 2

@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torchnnfs import Dense, ReLU, Softmax, classifier, compare, spiral
+from torchnnfs.testing import Candidate
+
+
+@pytest.fixture
+def chapter(stream):
+    points, target = spiral(generator=stream)
+    return classifier(2, 3, 3, generator=stream), points, target
+
+
+def rows(comparison):
+    return [row for row in comparison.rows if "dL/" in row.kind]
+
+
+def test_every_gradient_of_the_chapter(chapter, device, dtype):
+    model, points, target = chapter
+    candidates = [Candidate("eager", device, dtype)]
+    comparison = compare(model, points, candidates=candidates, backward=True, target=target)
+    assert comparison.ok, comparison
+    assert [f"{row.layer} {row.kind}" for row in rows(comparison)] == [
+        "(loss) dL/doutput",
+        "0 Dense dL/dx",
+        "1 ReLU dL/dx",
+        "2 Dense dL/dx",
+        "3 Softmax dL/dx",
+        "0 Dense dL/dW",
+        "0 Dense dL/db",
+        "2 Dense dL/dW",
+        "2 Dense dL/db",
+    ]
+
+
+def test_the_exact_gradients_are_those_of_float64_autograd(chapter):
+    """The formulas by hand against torch's in float64: two derivations of the same numbers."""
+    model, points, target = chapter
+    double = [Candidate(dtype=torch.float64)]
+    comparison = compare(model, points, candidates=double, backward=True, target=target)
+    assert max(row.max_abs for row in rows(comparison)) < 1e-14
+
+
+@pytest.mark.parametrize("last", [[], [nn.LogSoftmax(-1)], [Softmax()]], ids=["z", "log p", "p"])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_logits_log_probabilities_and_probabilities(last, scale, dtype):
+    model = nn.Sequential(Dense(4, 8), ReLU(inplace=True), nn.Flatten(), Dense(8, 5), *last)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20).add_(torch.randn_like(parameter) / 10)
+    points, target = torch.randn(60, 4) * scale, torch.randint(5, (60,))
+    candidates = [Candidate(dtype=dtype)]
+    comparison = compare(model, points, candidates=candidates, backward=True, target=target)
+    assert comparison.ok, comparison
+
+
+def test_residuals_and_shared_layers():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.relu, self.last = Dense(3, 3), ReLU(), Softmax()
+
+        def forward(self, x):
+            x = x + self.relu(self.shared(x))
+            return self.last(self.shared(x))
+
+    points, target = torch.randn(20, 3), torch.randint(3, (20,))
+    comparison = compare(Residual(), points, backward=True, target=target)
+    assert comparison.ok, comparison
+    kinds = [f"{row.layer} {row.kind}" for row in rows(comparison)]
+    assert kinds.count("shared Dense dL/dx") == 2
+    assert kinds.count("shared Dense dL/dW") == 1
+
+
+class _Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 + 1e-5)
+
+
+class WrongDense(Dense):
+    def forward(self, input):
+        return super().forward(_Double.apply(input))
+
+
+class WrongReLU(ReLU):
+    """Right forwards, and a gradient that leaks."""
+
+    def forward(self, input):
+        return input.clamp(min=0) + (1e-4 * input - (1e-4 * input).detach())
+
+
+class WrongSoftmax(Softmax):
+    def forward(self, input):
+        return torch.softmax(_Double.apply(input), -1)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "layer"),
+    [
+        (1, WrongReLU(), "1 WrongReLU dL/dx"),
+        (3, WrongSoftmax(), "3 WrongSoftmax dL/dx"),
+        (2, WrongDense(3, 3), "2 WrongDense dL/dx"),
+    ],
+)
+def test_a_wrong_gradient_is_found(chapter, place, wrong, layer):
+    model, points, target = chapter
+    model[place] = wrong
+    assert compare(model, points).ok  # forwards nothing is wrong
+    first = compare(model, points, backward=True, target=target).first_divergence
+    assert f"{first.layer} {first.kind}" == layer
+
+
+def test_a_wrong_parameter_gradient_is_found(chapter):
+    model, points, target = chapter
+
+    class Scaled(Dense):
+        def forward(self, input):
+            weight = 1.001 * self.weight - (0.001 * self.weight).detach()
+            return nn.functional.linear(input, weight, self.bias)
+
+    model[0] = Scaled(2, 3)
+    first = compare(model, points, backward=True, target=target).first_divergence
+    assert f"{first.layer} {first.kind}" == "0 Scaled dL/dW"
+
+
+def test_a_reference_with_other_weights_is_found(chapter):
+    model, points, target = chapter
+    other = classifier(2, 3, 3)
+    comparison = compare(model, points, reference=other, backward=True, target=target)
+    assert not all(row.ok for row in rows(comparison))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({}, "expects a target"),
+        ({"target": torch.zeros(3)}, r"got \(300, 3\) and \(3,\)"),
+        ({"target": torch.full((300,), 3)}, "classes from 0 to 2, got torch.int64 from 3 to 3"),
+        ({"target": torch.zeros(300)}, "classes from 0 to 2, got torch.float32 from"),
+        ({"target": torch.zeros(300).long(), "reference": nn.Linear(2, 3)}, "the model's own lay"),
+    ],
+)
+def test_bad_input_is_explained(chapter, keywords, message):
+    model, points, _ = chapter
+    with pytest.raises(ValueError, match=message):
+        compare(model, points, backward=True, candidates=["eager"], **keywords)
+
+
+def test_the_gradients_of_the_model_are_left_alone(chapter):
+    model, points, target = chapter
+    compare(model, points, backward=True, target=target)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert np.isfinite(points.numpy()).all()

@@ -1,0 +1,206 @@
+"""The verdict as one HTML page that needs nothing else, and as a fragment for notebooks."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable
+from html import escape
+from typing import TYPE_CHECKING
+
+from torchnnfs.testing import plot
+from torchnnfs.testing.candidates import MissingExtraError
+from torchnnfs.testing.report import LEGEND, label, remarks, verdict
+
+if TYPE_CHECKING:
+    from torchnnfs.testing.comparison import Comparison, Row
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{words} - torchnnfs</title>
+<style>
+body {{ margin: 0; }}
+.torchnnfs {{ min-height: 100vh; box-sizing: border-box; }}
+</style>
+</head>
+<body>
+<main>
+{fragment}
+</main>
+</body>
+</html>
+"""
+
+# Every cell has a background of its own: a notebook may stripe its tables in another theme.
+_STYLE = """\
+<style>
+.torchnnfs { --ink: #1b1f24; --soft: #59636e; --paper: #fff; --line: #d1d9e0; --tint: #f6f8fa;
+  --good: #0a6640; --bad: #b42318; --bad-tint: #fdecea; --doubt: #8a5a00;
+  padding: 1.25rem max(1rem, calc(50% - 36rem)); background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+@media (prefers-color-scheme: dark) {
+  .torchnnfs { --ink: #e6edf3; --soft: #9da7b1; --paper: #12161c; --line: #353c45; --tint: #1c2129;
+    --bad-tint: #3c1b1a; } }
+.torchnnfs header { padding: 1.25rem 1.5rem; border-radius: .75rem; color: #fff; }
+.torchnnfs header h1 { margin: 0 0 .25rem; font-size: 2.25rem; line-height: 1.1; color: #fff;
+  letter-spacing: .02em; }
+.torchnnfs header p { margin: 0; }
+.torchnnfs .good { background: var(--good); }
+.torchnnfs .bad { background: var(--bad); }
+.torchnnfs .doubt { background: var(--doubt); }
+.torchnnfs h2 { margin: 2rem 0 .5rem; font-size: 1.25rem; color: var(--ink); }
+.torchnnfs .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
+.torchnnfs table { width: 100%; margin: 0; border-collapse: collapse; font-size: .875rem;
+  overflow-wrap: normal; }
+.torchnnfs caption { padding: .5rem .75rem; text-align: left; color: var(--soft); }
+.torchnnfs th, .torchnnfs td { padding: .35rem .75rem; border-top: 1px solid var(--line);
+  background: var(--paper); color: var(--ink); text-align: left; vertical-align: top;
+  font-weight: normal; }
+.torchnnfs tbody th[scope=row] { position: sticky; left: 0; min-width: 6.5rem; }
+.torchnnfs thead th, .torchnnfs .group th { background: var(--tint); font-weight: 600; }
+.torchnnfs .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.torchnnfs .wrong th, .torchnnfs .wrong td { background: var(--bad-tint); font-weight: 600; }
+.torchnnfs .worst td { background: var(--bad-tint); border-top: 0; }
+.torchnnfs .worst p { position: sticky; left: .75rem; width: fit-content; margin: 0;
+  max-width: calc(100vw - 4rem); }
+.torchnnfs .note { color: var(--soft); font-size: .875rem; }
+.torchnnfs .pictures { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.torchnnfs figure { margin: 0; padding: .5rem; border: 1px solid var(--line); border-radius: .5rem;
+  background: #fff; }
+.torchnnfs svg { display: block; width: 100%; max-width: 30rem; height: auto; margin: auto;
+  stroke-linejoin: round; }
+.torchnnfs dl { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1rem; margin: 0;
+  font-size: .875rem; }
+.torchnnfs dt { color: var(--soft); font-weight: normal; }
+.torchnnfs dd { margin: 0; }
+</style>"""
+
+_PICTURES = {
+    "points": "the input points, with the class and the confidence that the first candidate gives",
+    "bounds": "the largest error of each layer over its bound, on a logarithmic scale",
+    "ulps": "histograms of each candidate's errors at the end, in units in the last place",
+}
+
+
+def page(comparison: Comparison) -> str:
+    """A whole page; it loads nothing and runs no script."""
+    return _PAGE.format(words=_headline(comparison)[1], fragment=fragment(comparison))
+
+
+def fragment(comparison: Comparison) -> str:
+    """The same for a document that is already there, such as a notebook."""
+    style, words = _headline(comparison)
+    sentence = verdict(comparison).partition(": ")[2]
+    parts = [
+        f'<div class="torchnnfs">\n{_STYLE}\n<header class="{style}">\n<h1>{words}</h1>',
+        f"<p>{escape(sentence[0].upper() + sentence[1:])}</p>\n</header>",
+        f"<h2>Layers</h2>\n{_layers(comparison)}",
+        f'<p class="note">{escape(LEGEND)}</p>',
+        f"<h2>Controls</h2>\n{_controls(comparison)}",
+        "<h2>Remarks</h2>\n<ul>",
+        *(f"<li>{escape(remark)}</li>" for remark in remarks(comparison)),
+        f"</ul>\n<h2>Pictures</h2>\n{_pictures(comparison)}",
+        "<h2>Environment</h2>\n<dl>",
+        *(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in comparison.environment.items()),
+        "</dl>\n</div>",
+    ]
+    return "\n".join(parts)
+
+
+def _headline(comparison: Comparison) -> tuple[str, str]:
+    """The class of the verdict's colour, and the verdict in a few words."""
+    if not comparison.ok:
+        return "bad", "Disagrees with NumPy"
+    outcomes = [control.outcome for control in comparison.controls]
+    if outcomes and ("passed" in outcomes or "rejected" not in outcomes):
+        return "doubt", "Agrees with NumPy, but this run proves little"
+    return "good", "Agrees with NumPy"
+
+
+def _table(caption: str, headings: str, body: Iterable[str]) -> str:
+    return (
+        f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0">\n<table>\n'
+        f"<caption>{caption}</caption>\n<thead><tr>{headings}</tr></thead>\n"
+        + "\n".join(body)
+        + "\n</table>\n</div>"
+    )
+
+
+def _layers(comparison: Comparison) -> str:
+    names = ("max |error|", "max ULP", "bits equal", "isolated", "chained")
+    headings = '<th scope="col">layer</th>'
+    headings += "".join(f'<th scope="col" class="number">{name}</th>' for name in names)
+    headings += '<th scope="col">verdict</th>'
+    body = []
+    for name, rows in plot.by_candidate(comparison).items():
+        group = f'<tr class="group"><th colspan="7" scope="rowgroup">{escape(name)}</th></tr>'
+        body.append("\n".join(["<tbody>", group, *map(_row, rows), "</tbody>"]))
+    caption = "Every layer against NumPy in float64"
+    return _table(caption, headings, body)
+
+
+def _row(row: Row) -> str:
+    numbers = [
+        f"{row.max_abs:.1e}" if row.max_abs else "0",
+        _number(row.max_ulp),
+        f"{row.bit_equal:.1%}",
+    ]
+    numbers += [_number(row.isolated_ratio), _number(row.chained_ratio)]
+    basis = "" if row.basis == "rounding" else f" (bound: {row.basis})"
+    cells = f'<th scope="row">{escape(label(row))}</th>'
+    cells += "".join(f'<td class="number">{number}</td>' for number in numbers)
+    cells += f"<td>{'ok' if row.ok else 'differs'}{escape(basis)}</td>"
+    if row.ok:
+        return f"<tr>{cells}</tr>"
+    return (
+        f'<tr class="wrong">{cells}</tr>\n<tr class="worst"><td colspan="7"><p>'
+        f"Worst element {list(row.worst.index)}: {row.worst.value:.9g} where NumPy gives "
+        f"{row.worst.expected:.9g}.</p></td></tr>"
+    )
+
+
+def _number(number: float | None) -> str:
+    if number is None:
+        return ""
+    return f"{number:.2f}" if number < 1e3 else f"{number:.0e}"
+
+
+def _controls(comparison: Comparison) -> str:
+    if not comparison.controls:
+        return (
+            '<p class="note">No broken twins were tried: nothing shows that this run can fail.</p>'
+        )
+    headings = "".join(f'<th scope="col">{name}</th>' for name in ("broken", "outcome", "reason"))
+    body = []
+    for control in comparison.controls:
+        style = ' class="wrong"' if control.outcome == "passed" else ""
+        cells = f"<td>{escape(control.outcome)}</td><td>{escape(control.reason)}</td>"
+        body.append(f'<tr{style}><th scope="row">{escape(control.name)}</th>{cells}</tr>')
+    caption = "Deliberately broken twins of the model, which the judge has to reject"
+    return _table(caption, headings, ["<tbody>", *body, "</tbody>"])
+
+
+def _pictures(comparison: Comparison) -> str:
+    try:
+        drawn = {
+            name: plot.render(comparison, "svg", name).decode() for name in plot.panels(comparison)
+        }
+    except MissingExtraError as error:
+        return f'<p class="note">Left out: {escape(str(error))}</p>'
+    figures = [f"<figure>\n{_inline(svg, _PICTURES[name])}</figure>" for name, svg in drawn.items()]
+    return "\n".join(['<div class="pictures">', *figures, "</div>"])
+
+
+def _inline(svg: str, description: str) -> str:
+    """An SVG file as an element that leaves the rest of the document alone."""
+    svg = re.sub(r"<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    # With the ids of another picture in the document, this one would show parts of that.
+    prefix = rf"\1p{zlib.crc32(svg.encode()):x}-"
+    svg = re.sub("<[^>]*>", lambda tag: re.sub(r'( id="|href="#|url\(#)', prefix, tag[0]), svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
