@@ -132,7 +132,9 @@ def show(comparison: Comparison, console: Console) -> None:
     # Numbers that are cut off are of no use: on a narrow terminal the lines run over.
     grid = table(comparison)
     natural = Measurement.get(console, console.options.update(width=500), grid).maximum
-    console.print(grid, width=max(console.width, natural), crop=False, soft_wrap=True)
+    width, console.width = console.width, max(console.width, natural)
+    console.print(grid)
+    console.width = width
     console.print(f"{LEGEND}\n", style="dim", soft_wrap=True)
     for remark in remarks(comparison):
         console.print(remark, markup=False, soft_wrap=True)

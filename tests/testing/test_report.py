@@ -1,0 +1,103 @@
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from torchnnfs import ReLU, classifier, compare, spiral
+from torchnnfs.testing import Candidate, report
+
+
+class LeakyReLU(ReLU):
+    def forward(self, input):
+        return torch.where(input > 0, input, 0.01 * input)
+
+
+@pytest.fixture
+def right(stream):
+    points, _ = spiral(generator=stream)
+    return compare(classifier(2, 3, 3, generator=stream), points)
+
+
+@pytest.fixture
+def wrong(stream):
+    points, _ = spiral(generator=stream)
+    model = classifier(2, 3, 3, generator=stream)
+    model[1] = LeakyReLU()
+    return compare(model, points)
+
+
+def printed(comparison, **options):
+    buffer = io.StringIO()
+    report.show(comparison, Console(file=buffer, **options))
+    return buffer.getvalue()
+
+
+def test_colour_on_a_terminal_alone(wrong, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b[" not in printed(wrong)
+    assert re.search(r"\x1b\[1;31mdiffers", printed(wrong, force_terminal=True))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[[\d;]*3[12]", printed(wrong, force_terminal=True))
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_no_number_is_cut_off(right, width):
+    wide = printed(right, width=500)
+    rows = [line.split() for line in wide.splitlines() if line.startswith("│")]
+    assert [line.split() for line in printed(right, width=width).splitlines() if "│" in line][
+        -len(rows) :
+    ] == rows
+
+
+def test_the_verdict_is_the_last_line(right, wrong):
+    assert str(right).splitlines()[-1].startswith("AGREES: every layer of eager in float32, numpy")
+    last = str(wrong).splitlines()[-1]
+    assert last.startswith("DISAGREES: eager on cpu in float32, layer 1 LeakyReLU is the first to")
+    assert re.search(r"-\d\S* at \[\d+, \d\] where NumPy gives 0, \de\+\d+ times what", last)
+
+
+def test_markdown(right, wrong):
+    for comparison in (right, wrong):
+        text = report.as_markdown(comparison)
+        assert text.startswith(f"**{report.verdict(comparison)}**\n\n| candidate | device |")
+        table = [line for line in text.splitlines() if line.startswith("|")]
+        assert len(table) == 2 + len(comparison.rows)
+        assert len({line.count("|") for line in table}) == 1
+        assert "torch " in text.splitlines()[-1]
+    # The comparison is left as it was: its table still has its own frame.
+    assert "┃ max |error| ┃" in str(right)
+
+
+def test_what_cannot_be_told_apart_is_named(stream):
+    points, _ = spiral(generator=stream)
+    model = classifier(2, 3, 3, generator=stream)
+    text = str(compare(model, points, candidates=[Candidate(dtype=torch.bfloat16)]))
+    assert re.search(r"Controls: \d+ of 14 deliberately broken twins", text)
+    assert "Indistinguishable here: " in text
+    assert "parameters rounded to bfloat16 (all parameters are such numbers already)" in text
+
+
+def test_numpys_exp_is_named_where_it_is_not_exact():
+    import numpy as np
+
+    from torchnnfs.testing.candidates import Call, Trace
+    from torchnnfs.testing.comparison import _simd_exp
+
+    rng = np.random.RandomState(0)
+    logits = rng.randn(1000, 3).astype(np.float32).astype(np.float64)
+    trace = Trace([Call("3", "Softmax", logits, logits)], logits)
+    shifted = (logits - logits.max(1, keepdims=True)).astype(np.float32)
+    exact = np.exp(shifted.astype(np.float64)).astype(np.float32)
+    wrong = np.count_nonzero(np.exp(shifted) != exact)
+    note = _simd_exp(trace)
+    assert note == [] if not wrong else f"for {wrong} of 3000 numbers in layer 3" in note[0]
+
+
+def test_names_are_printed_as_they_are():
+    model = nn.Sequential(nn.Sequential())
+    model[0].add_module("[red]", ReLU())
+    assert "0.[red] ReLU" in str(compare(model, torch.randn(3, 2), candidates=["eager"]))
