@@ -162,3 +162,24 @@ def test_interrupted(monkeypatch, capsys):
     monkeypatch.setattr("torchnnfs.__main__.compare", interrupted)
     assert main(["compare"]) == 130
     assert capsys.readouterr().err == "torchnnfs compare: interrupted\n"
+
+
+def test_every_kind_of_report_is_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    names = {"json": "a.json", "markdown": "a.md", "html": "a.html", "plot": "a.png"}
+    options = [part for kind, name in names.items() for part in (f"--{kind}", str(tmp_path / name))]
+    assert main(["compare", "--candidates", "eager", "--backward", *options]) == 0
+    out = capsys.readouterr().out
+    assert "(loss) dL/doutput" in out
+    assert sorted(os.listdir(tmp_path)) == sorted(names.values())
+    assert "Agrees with NumPy" in (tmp_path / "a.html").read_text()
+    assert (tmp_path / "a.md").read_text().startswith("**AGREES")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_another_kind_or_without_matplotlib(monkeypatch, capsys):
+    assert main(["compare", "--plot", "a.jpeg"]) == 2
+    assert "--plot 'a.jpeg' ends neither in .png nor in .svg" in capsys.readouterr().err
+    monkeypatch.setattr(candidates.importlib.util, "find_spec", lambda name: None)
+    assert main(["compare", "--plot", "a.png"]) == 3
+    assert "plots need matplotlib: pip install 'torchnnfs[plot]'" in capsys.readouterr().err

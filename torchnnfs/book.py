@@ -18,7 +18,6 @@ into one. Gradients are torch's: within rounding of the exact ones, and no more.
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchnnfs.checks import check_numbers
-from torchnnfs.modules import Dense, ReLU, Softmax
+from torchnnfs.modules import Dense, ReLU, Softmax, with_classes
 from torchnnfs.streams import Generator
 
 
@@ -361,7 +360,10 @@ def to_torch(model: nn.Module) -> nn.Module:
           (1): ReLU()
         )
     """
-    return _converted(model, _TO_TORCH)
+    model = with_classes(model, _TO_TORCH)
+    for layer in model.modules():
+        vars(layer).pop("_output", None)  # only the book keeps it
+    return model
 
 
 def from_torch(model: nn.Module) -> nn.Module:
@@ -378,17 +380,7 @@ def from_torch(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"book.from_torch expects softmax along the last dimension, got {layer} at {path!r}"
             )
-    return _converted(model, _TO_BOOK).float()
-
-
-def _converted(model: nn.Module, kinds: dict[type[nn.Module], type[nn.Module]]) -> nn.Module:
-    model = copy.deepcopy(model)
-    for layer in model.modules():
-        if type(layer) in kinds:
-            # Both types have the same attributes, but for the output that only the book keeps.
-            layer.__class__ = kinds[type(layer)]
-            vars(layer).pop("_output", None)
-    return model
+    return with_classes(model, _TO_BOOK).float()
 
 
 def from_numpy(layer: Any, *, device: torch.device | str | int | None = None) -> nn.Module:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
+from torch.nn.parameter import UninitializedParameter
 
 from torchnnfs.checks import check_count, check_generator, check_numbers
 from torchnnfs.streams import Generator
@@ -215,6 +217,98 @@ class Dense(nn.Linear):
         return layer
 
 
+class LazyDense(nn.LazyLinear, Dense):
+    r"""A `Dense` that takes its number of inputs from its first input, :math:`y = x W^T + b`.
+
+    The first call draws the parameters and makes the layer a `Dense` in every respect. Until then
+    its parameters have no values: move it to its device first, and give an optimizer its
+    parameters afterwards. A state dict that is loaded before takes the place of the draw.
+
+    Args:
+        out_features: size of the last dimension of the output; the book's ``n_neurons``.
+        bias: whether a bias is added.
+        device: where the parameters live; torch's default device when None.
+        dtype: dtype of the parameters; torch's default dtype when None.
+        generator: see `Dense`. Kept until the first call, and no longer: layers draw in the order
+            of their first calls.
+
+    Shape:
+        - input: :math:`(*, \text{in\_features})`, floating point, of the parameters' dtype.
+        - output: :math:`(*, \text{out\_features})`.
+
+    Attributes:
+        weight: from the first call on as in `Dense`.
+        bias: from the first call on as in `Dense`; None when ``bias=False``.
+
+    Raises:
+        TypeError: a width that is no int; another kind of generator; in the forward pass as
+            `Dense`.
+        ValueError: a width below 1; in the first call, an input without or with an empty last
+            dimension, or a generator of another device; later as `Dense`.
+
+    Example:
+        >>> layer = LazyDense(3, generator=np.random.RandomState(0))
+        >>> layer(torch.ones(5, 2)).shape
+        torch.Size([5, 3])
+        >>> layer, torch.equal(layer.weight, Dense(2, 3, generator=np.random.RandomState(0)).weight)
+        (Dense(in_features=2, out_features=3, bias=True), True)
+
+    Source: `torch.nn.LazyLinear`, with the initialisation of NNFS chapter 4.
+    """
+
+    cls_to_become = Dense
+
+    def __init__(
+        self,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        generator: Generator = None,
+    ) -> None:
+        out_features = check_count("LazyDense", "out_features", out_features)
+        # The layer may be moved before it draws, so only the kind of generator is checked here.
+        check_generator("LazyDense", generator, torch.device("meta"))
+        # Past nn.LazyLinear, which would make a layer without inputs, and Dense has none such.
+        super(nn.LazyLinear, self).__init__(1, out_features, False, "meta")
+        self.in_features = 0
+        parameter: Any = UninitializedParameter
+        self.weight = parameter(device=device, dtype=dtype)
+        if bias:
+            self.bias = parameter(device=device, dtype=dtype)
+        self._generator = generator
+
+    def reset_parameters(self, generator: Generator = None) -> None:
+        """Draw the weight again, as `Dense` does; before the first call there is nothing to do."""
+        if not self.has_uninitialized_params():
+            Dense.reset_parameters(self, generator)
+
+    def initialize_parameters(self, input: Tensor) -> None:
+        """Infer ``in_features`` from `input` and draw the parameters; torch calls this."""
+        if self.has_uninitialized_params():
+            if not isinstance(input, Tensor):
+                raise cast(Exception, _complaint(self, input))
+            if input.ndim == 0 or input.shape[-1] == 0:
+                raise ValueError(
+                    f"LazyDense(out_features={self.out_features}) expects a last dimension of at "
+                    f"least 1, got an input of shape {tuple(input.shape)}"
+                )
+            check_generator("LazyDense", self._generator, self.weight.device)
+            self.in_features = input.shape[-1]
+            self.weight.materialize((self.out_features, self.in_features))
+            if self.bias is not None:
+                self.bias.materialize((self.out_features,))
+            self.reset_parameters(self._generator)
+        self.in_features = self.weight.shape[1]  # the parameters may come from a state dict
+        del self._generator
+
+    @classmethod
+    def from_numpy(cls, *args: Any, **kwargs: Any) -> Dense:
+        """See `Dense.from_numpy`; the arrays say how many inputs there are, so nothing is lazy."""
+        return Dense.from_numpy(*args, **kwargs)
+
+
 class ReLU(nn.ReLU):
     r"""The rectified linear unit, :math:`y = \max(0, x)` elementwise.
 
@@ -327,3 +421,65 @@ def classifier(
         layers += [Dense(n_inputs, n_neurons, bias, device, dtype, generator=generator), ReLU()]
     layers[-1] = Softmax()
     return nn.Sequential(*layers)
+
+
+_TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {
+    Dense: nn.Linear,
+    ReLU: nn.ReLU,
+    Softmax: nn.Softmax,
+}
+_FROM_TORCH = {theirs: ours for ours, theirs in _TO_TORCH.items()}
+
+
+def to_torch(model: nn.Module) -> nn.Module:
+    """A copy of `model` with torch's own layers in the place of `Dense`, `ReLU` and `Softmax`.
+
+    Parameters have the same values, and outputs the same bits; hooks and everything else stay. For
+    tools that ask for exactly these types and pass over a subclass without a word, such as
+    `torch.ao.quantization.quantize_dynamic`.
+
+    Only layers of exactly our types are replaced. A subclass may compute something else; so stay
+    parametrized layers, and a `LazyDense` before its first call.
+
+    Args:
+        model: any module, also a single layer; it is left as it is.
+
+    Example:
+        >>> to_torch(classifier(2, 3))
+        Sequential(
+          (0): Linear(in_features=2, out_features=3, bias=True)
+          (1): Softmax(dim=-1)
+        )
+    """
+    return with_classes(model, _TO_TORCH)
+
+
+def from_torch(model: nn.Module) -> nn.Module:
+    """A copy of `model` with `Dense`, `ReLU` and `Softmax` in the place of torch's own layers.
+
+    The way back from `to_torch`: parameters have the same values, nothing is drawn. Only layers of
+    exactly the types `nn.Linear`, `nn.ReLU` and `nn.Softmax` are replaced.
+
+    Args:
+        model: any module, also a single layer; it is left as it is.
+
+    Example:
+        >>> from_torch(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+        Sequential(
+          (0): Dense(in_features=2, out_features=3, bias=True)
+          (1): ReLU()
+        )
+    """
+    return with_classes(model, _FROM_TORCH)
+
+
+def with_classes(model: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+    """A copy of `model` in which layers of exactly these types have the class `kinds` gives.
+
+    Both classes must have the same attributes: these, parameters and hooks among them, stay.
+    """
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if type(layer) in kinds:
+            layer.__class__ = kinds[type(layer)]
+    return model

@@ -76,6 +76,11 @@ class Row:
         """Whether no error is larger than its bound."""
         return self.bound_ratio <= 1
 
+    @property
+    def gradient(self) -> bool:
+        """Whether the row is about a gradient and not about an output."""
+        return "dL/" in self.kind
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -105,6 +110,12 @@ class Comparison:
     def ok(self) -> bool:
         """Whether every layer of every candidate is within its bounds."""
         return all(row.ok for row in self.rows)
+
+    @property
+    def proves_little(self) -> bool:
+        """Whether the controls say so: one passed as correct, or none could be told apart."""
+        outcomes = [control.outcome for control in self.controls]
+        return bool(outcomes) and ("passed" in outcomes or "rejected" not in outcomes)
 
     @property
     def first_divergence(self) -> Row | None:

@@ -117,8 +117,7 @@ def _headline(comparison: Comparison) -> tuple[str, str]:
     """The class of the verdict's colour, and the verdict in a few words."""
     if not comparison.ok:
         return "bad", "Disagrees with NumPy"
-    outcomes = [control.outcome for control in comparison.controls]
-    if outcomes and ("passed" in outcomes or "rejected" not in outcomes):
+    if comparison.proves_little:
         return "doubt", "Agrees with NumPy, but this run proves little"
     return "good", "Agrees with NumPy"
 

@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,21 +59,9 @@ def render(comparison: Comparison, kind: str, *names: str) -> bytes:
         raise ValueError(f"plots are .png or .svg files, got {kind!r}")
     plain = {"Date": None, "Creator": None, "Format": None, "Type": None} if kind == "svg" else None
     buffer = io.BytesIO()
-    with _style(), warnings.catch_warnings():
-        # Names may be in a script that matplotlib's own font lacks; who shows an SVG has others.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
+    with _style():
         figure(comparison, *names).savefig(buffer, format=kind, dpi=200, metadata=plain)
     return buffer.getvalue()
-
-
-def save(comparison: Comparison, path: str | Path) -> None:
-    """Write `figure` to a file, PNG or SVG by its suffix.
-
-    Raises:
-        MissingExtraError: without matplotlib.
-        ValueError: another suffix.
-    """
-    Path(path).write_bytes(render(comparison, Path(path).suffix.lower().removeprefix(".")))
 
 
 def panels(comparison: Comparison) -> dict[str, float]:
@@ -104,7 +91,9 @@ def _style() -> Iterator[None]:
         import matplotlib
     except ImportError:
         raise MissingExtraError("plots need matplotlib: pip install 'torchnnfs[plot]'") from None
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # Names may be in a script that matplotlib's own font lacks; who shows an SVG has others.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         matplotlib.rcdefaults()
         style: dict[Any, Any] = {f"axes.spines.{side}": False for side in ("top", "right", "left")}
         style |= {"font.size": 8, "ytick.major.size": 0, "ytick.major.pad": 7}
@@ -183,7 +172,7 @@ def _bounds(part: SubFigure, comparison: Comparison) -> None:
     title = "Largest error over its bound, by layer"
     if len(rows) < len(comparison.rows):
         title = f"Largest errors over bounds, {len(rows)} of {len(comparison.rows):,}"
-    axes = _axes(part, title, 0.3 + 0.065 * max(map(len, names)), 0.5, 0.4)
+    axes = _axes(part, title, 0.25 + max(map(_width, names)), 0.5, 0.4)
     # Whole decades, at most four to either side; what lies beyond is drawn at the edge.
     decades = [math.log10(min(max(ratio, 1e-4), 1e4)) for ratio in ratios if ratio]
     low = min([-1, *map(math.floor, decades)]) - (0 in ratios)
@@ -216,7 +205,7 @@ def _bounds(part: SubFigure, comparison: Comparison) -> None:
 def _ulps(part: SubFigure, comparison: Comparison) -> None:
     axes = _axes(part, "Errors at the last layer, in ULP", 0.1, 0.5, 0.4)
     for y, (name, rows) in enumerate(by_candidate(comparison).items()):
-        row = rows[-1]
+        row = [row for row in rows if not row.gradient][-1]
         scope = "whole network" if row.isolated_ratio is None else "last layer alone"
         axes.text(-0.5, y - 0.72, f"{name}, {scope}", weight="bold")
         shares = np.array(row.ulps) / max(1, sum(row.ulps))
@@ -236,4 +225,13 @@ def _ulps(part: SubFigure, comparison: Comparison) -> None:
 def _short(name: str) -> str:
     """A name that fits the picture and, whatever is in it, a file of XML."""
     name = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name)
-    return name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"
+    cuts = [name, *(f"{name[:half]}…{name[-half:]}" for half in range(24, 1, -1))]
+    return next((cut for cut in cuts if len(cut) < 50 and _width(cut) <= 1.6), "…")
+
+
+def _width(text: str) -> float:
+    """The width of a label in inches."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    return text_to_path.get_text_width_height_descent(text, FontProperties(size=8), False)[0] / 72

@@ -122,7 +122,7 @@ def _controls(comparison: Comparison) -> list[str]:
             "THIS RUN PROVES LITTLE: broken twins passed as correct: "
             f"{'; '.join(by_outcome['passed'])}."
         )
-    elif not rejected:
+    elif comparison.proves_little:
         lines.append("THIS RUN PROVES LITTLE: no broken twin could be told from the network.")
     return lines
 
