@@ -481,7 +481,10 @@ def _try(
             model, input, problem = _alone(model, input, candidate)
         row = judged(candidate.dtype, candidate.device)
         if not row.ok:
-            reason = f"{row.bound_ratio:.3g} times its bound at layer {report.label(row)}"
+            far = "infinitely far off"
+            if row.bound_ratio < np.inf:
+                far = f"{row.bound_ratio:.3g} times its bound"
+            reason = f"{far} at layer {report.label(row)}"
             return Control(name, path, "rejected", reason)
         ratio = judged(torch.float64, "cpu").bound_ratio
     except NotHereError as error:

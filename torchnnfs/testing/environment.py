@@ -70,7 +70,4 @@ def precision_notes(rows: Iterable[tuple[str, str, bool]]) -> list[str]:
 
 def tf32_is_on() -> bool:
     """Whether a CUDA device would multiply float32 matrices in TF32."""
-    matmul = torch.backends.cuda.matmul
-    # The attribute for each backend came with torch 2.9; the older flag may not be read beside it.
-    precision = getattr(matmul, "fp32_precision", None)
-    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
