@@ -346,6 +346,16 @@ def test_overflow_is_right_where_it_must_be():
     assert not compare(model, points, reference=reference, candidates=half).ok
 
 
+def test_what_an_overflow_hides_is_noted():
+    def network(weight):
+        return nn.Sequential(*(Dense.from_numpy(np.float32([[w]])) for w in (300.0, weight)))
+
+    half = [Candidate(dtype=torch.float16)]
+    points = torch.full((1, 1), 300.0)
+    comparison = compare(network(2e-4), points, reference=network(1e-4), candidates=half)
+    assert "float16 may overflow in layer" in comparison.notes[0]
+
+
 def test_an_infinity_of_the_wrong_sign_is_a_divergence():
     model = Dense.from_numpy(np.array([[300.0]], np.float32))
     wrong = Dense.from_numpy(np.array([[-300.0]], np.float32))

@@ -204,7 +204,9 @@ def _arguments(layer: nn.Module, dtype: Any) -> dict[str, Any]:
 def _compiled(model: nn.Module, input: Tensor) -> Trace:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler itself uses
-        return Trace([], to_numpy(torch.compile(model, fullgraph=True)(input)))
+        # Each model is another one; torch counts them as recompilations of the same and gives up.
+        with torch._dynamo.config.patch(recompile_limit=256):
+            return Trace([], to_numpy(torch.compile(model, fullgraph=True)(input)))
 
 
 def _exported(model: nn.Module, input: Tensor) -> Trace:

@@ -395,7 +395,7 @@ def _row(
         basis=basis,
         worst=decisive.worst,
         ulps=shown[0].ulps,
-        unbounded=shown[0].unbounded,
+        unbounded=max(each.unbounded for each in shown),
     )
 
 
@@ -465,7 +465,7 @@ def _try(
     name: str, model: nn.Module, input: Tensor, candidate: Candidate, problem: Problem
 ) -> Control:
     """Judge one broken twin, and where it is not rejected, ask float64 whether it could be."""
-    path = ""
+    path = alone = ""
 
     def judged(dtype: torch.dtype, device: torch.device | str) -> Row:
         nonlocal path
@@ -478,32 +478,34 @@ def _try(
 
     try:
         if name == UNSHIFTED:
-            model, input, problem = _alone(model, input, candidate)
+            alone, model, input, problem = _alone(model, input, candidate)
         row = judged(candidate.dtype, candidate.device)
         if not row.ok:
             far = "infinitely far off"
             if row.bound_ratio < np.inf:
                 far = f"{row.bound_ratio:.3g} times its bound"
             reason = f"{far} at layer {report.label(row)}"
-            return Control(name, path, "rejected", reason)
+            return Control(name, alone or path, "rejected", reason)
         ratio = judged(torch.float64, "cpu").bound_ratio
     except NotHereError as error:
-        return Control(name, path, "indistinguishable", str(error))
+        return Control(name, alone or path, "indistinguishable", str(error))
     if ratio > 2:
-        return Control(name, path, "passed", f"off by {ratio:.3g} times what rounding explains")
+        return Control(
+            name, alone or path, "passed", f"off by {ratio:.3g} times what rounding explains"
+        )
     reason = (
         f"without rounding it is off by {ratio:.2g} of what rounding in {candidate.dtype_name} "
         "explains"
         if ratio
         else "on this input it computes the same"
     )
-    return Control(name, path, "indistinguishable", reason)
+    return Control(name, alone or path, "indistinguishable", reason)
 
 
 def _alone(
     model: nn.Module, input: Tensor, candidate: Candidate
-) -> tuple[nn.Module, Tensor, Problem]:
-    """The last softmax by itself, on the logits it gets here, scaled to size 100."""
+) -> tuple[str, nn.Module, Tensor, Problem]:
+    """Path of the last softmax, itself, the logits it gets here scaled to size 100, its problem."""
     path, layer = find_last(model, nn.Softmax)
     ready = copy.deepcopy(model).to(candidate.device, candidate.dtype)
     given = input.to(candidate.device, candidate.dtype, copy=True)
@@ -514,4 +516,4 @@ def _alone(
         raise NotHereError("its logits here are all zero")
     # With its sign, so that the largest is 100 and not -100.
     scaled = torch.from_numpy(logits * (100 / size)).to(candidate.device, candidate.dtype)
-    return layer, scaled, pose(layer, layer, candidate.dtype)
+    return path, layer, scaled, pose(layer, layer, candidate.dtype)

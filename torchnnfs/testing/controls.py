@@ -140,9 +140,10 @@ def _rounded(bits: int, smallest: float = 0.0) -> Callable[[Tensor], Tensor]:
     """Round to that many significant bits, and to multiples of `smallest`."""
 
     def round_(x: Tensor) -> Tensor:
-        mantissa, exponent = torch.frexp(x.double())
-        unit = torch.ldexp(torch.ones_like(mantissa), exponent - bits).clamp(min=smallest)
-        return (x.double() / unit).round() * unit
+        exact = x.cpu().double()  # not every device has float64
+        unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact)[1] - bits)
+        unit = unit.clamp(min=smallest)
+        return (exact / unit).round() * unit
 
     return round_
 

@@ -113,8 +113,11 @@ def register(
         >>> import numpy as np
         >>> from torch import nn
         >>> from torchnnfs import Dense, compare, spiral
-        >>> register(nn.Tanh, np.tanh)
-        >>> compare(nn.Sequential(Dense(2, 3), nn.Tanh()), spiral()[0]).ok
+        >>> class Square(nn.Module):
+        ...     def forward(self, input):
+        ...         return input * input
+        >>> register(Square, np.square)
+        >>> compare(nn.Sequential(Dense(2, 3), Square()), spiral()[0]).ok
         True
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
