@@ -158,9 +158,16 @@ class Dense(nn.Linear):
     def _fill(self, drawn: NDArray[np.floating[Any]]) -> None:
         # As nnfs.init() does it: to float32 first, times 0.01 second. The other order gives other
         # last bits.
-        values = 0.01 * drawn.astype(np.float32)
+        values = torch.from_numpy((0.01 * drawn.astype(np.float32)).T)
+        weight: Any = self.weight
+        if hasattr(weight, "device_mesh"):  # a DTensor takes no plain tensor: each process its part
+            from torch.distributed.tensor import distribute_tensor
+
+            values = distribute_tensor(
+                values.to(weight.device, weight.dtype), weight.device_mesh, weight.placements
+            )
         with torch.no_grad():
-            self.weight.copy_(torch.from_numpy(values.T))
+            weight.copy_(values)
 
     @_explained
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
