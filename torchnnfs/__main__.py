@@ -219,9 +219,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     files = {option: name for option, name in files.items() if name is not None}
     if "plot" in files:
         _kind(arguments.plot)  # before the work, not after it
-    for option, name in {**files, "save-golden": arguments.save_golden}.items():
-        if name not in ("-", None):
-            check_writable(f"--{option}", name)
+    written = {**files, "save-golden": arguments.save_golden}
+    written = {option: name for option, name in written.items() if name not in ("-", None)}
+    if arguments.save_golden == "-" or len({*written.values()}) < len(written):
+        raise ValueError("each report and golden file needs a name of its own")
+    for option, name in written.items():
+        check_writable(f"--{option}", name)
     widths = (2, *arguments.hidden, arguments.classes)
     _check_memory(widths, arguments.samples * arguments.classes)
     candidates, skipped = _candidates(arguments, devices, dtypes)

@@ -157,7 +157,7 @@ def log_softmax(x: Array, error: Array, precision: Precision, dim: int = -1) -> 
 
     The logarithm of a sum of exponentials moves at most as far as the input that moves most. s is
     the relative error of the computed sum, as in `softmax`; log and two subtractions round. Of half
-    types torch keeps ``m + log sum`` in the stored type on the CPU.
+    types torch keeps the sum, and ``m + log sum``, in the stored type on the CPU.
     """
     u = precision.unit
     y = exact_log_softmax(x, dim)
@@ -165,8 +165,9 @@ def log_softmax(x: Array, error: Array, precision: Precision, dim: int = -1) -> 
     widest = np.max(error, axis=dim, keepdims=True)
     with np.errstate(all="ignore"):
         q = np.expm1(u * (depth + 2 * widest)) + 2 * EXP_ULP * u
-        s = np.sum(np.exp(y + error + widest) * q, axis=dim, keepdims=True)
-        s = s + precision.gamma(x.shape[dim] - 1) * (1 + s)
+        terms = np.exp(y + error + widest)
+        s = np.sum(np.where(terms > 0, terms * q, 0.0), axis=dim, keepdims=True)
+        s = s + (precision.gamma(x.shape[dim] - 1) + precision.stored_unit) * (1 + s)
         log = np.abs(y + depth)
         bound = error + widest + u * (depth + 2 * widest)
         bound = bound + np.where(s < 1, s / (1 - s), np.inf) + 2 * EXP_ULP * u * log

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchnnfs.testing.reference import Array
-from torchnnfs.testing.twins import find_layers, is_chain, to_numpy, twin_of
+from torchnnfs.testing.twins import chain_paths, find_layers, is_chain, to_numpy, twin_of
 
 
 class Call(NamedTuple):
@@ -161,8 +161,11 @@ def watch(model: nn.Module, input: Tensor, after: Callable[..., Tensor | None]) 
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(layer.register_forward_hook(behind))
         with torch.no_grad():
-            output: Tensor = model(input)
-            return output
+            output = model(input)
+        if not isinstance(output, Tensor):
+            kind = type(output).__name__
+            raise TypeError(f"compare expects a model whose output is a tensor, got {kind}")
+        return output
     finally:
         for handle in handles:
             handle.remove()
@@ -210,7 +213,7 @@ def _compiled(model: nn.Module, input: Tensor) -> Trace:
 
 
 def _exported(model: nn.Module, input: Tensor) -> Trace:
-    with torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
         return Trace([], to_numpy(torch.export.export(model, (input,)).module()(input)))
 
 
@@ -241,9 +244,10 @@ def _jax(model: nn.Module, input: Tensor) -> Trace:
     if not is_chain(model):
         raise ValueError(f"jax follows plain chains of layers, got {type(model).__name__}")
     double = input.dtype == torch.float64
+    found = find_layers(model)
     layers = [
         (twin_of(layer).forward.__name__, _arguments(layer, np.float64 if double else np.float32))
-        for layer in find_layers(model).values()
+        for layer in (found[path] for path in chain_paths(model))
     ]
 
     unknown = [name for name, _ in layers if name not in _JAX]

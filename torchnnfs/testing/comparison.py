@@ -321,7 +321,7 @@ def _judge(
     """Measure each call that `trace` shows, and the output where the calls do not tell all."""
     rows = []
     times: Counter[str] = Counter()
-    chain = is_chain(model) and problem.judges is not None
+    chain = is_chain(model) and problem.judges is not None and problem.chain is not None
     error: Array | None = None
     start = x
     for call in trace.calls if problem.judges is not None else []:
@@ -340,7 +340,13 @@ def _judge(
         basis = PROVEN if twin is not None and twin.bound is not None else FACTORED
         rows.append(_row(candidate, call.path + again, call.kind, isolated, chained, basis))
     shown = chain and bool(rows)
-    if not shown or not np.array_equal(trace.output, trace.calls[-1].output, equal_nan=True):
+    if problem.chain is None and problem.module is None:
+        if not rows:
+            raise ValueError(
+                f"{candidate.name} shows only its output, and objects as a reference give one only "
+                "for a plain chain of layers"
+            )
+    elif not shown or not np.array_equal(trace.output, trace.calls[-1].output, equal_nan=True):
         exact, bound, basis = problem.output(start)
         measured = measure(trace.output, exact, bound, candidate.dtype)
         path, kind = "(output)", type(model).__name__
@@ -361,7 +367,7 @@ def _judge_gradients(
             "compare with backward expects as reference a module with the model's own layers"
         )
     received = input.detach().to(candidate.device, candidate.dtype, copy=True)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), torch.inference_mode(False), torch.enable_grad():
         found = list(gradients(model, problem.module, received, target, problem.precision))
     return [
         _row(candidate, each.path, each.kind, measure(*each[2:], candidate.dtype), None, PROVEN)

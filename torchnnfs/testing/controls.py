@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from torchnnfs.testing.twins import find_layers
+from torchnnfs.testing.twins import chain_paths, find_layers, is_chain
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ def _of(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, Any]]:
     return found
 
 
+def _set_weight(path: str, layer: Any, weight: Tensor) -> None:
+    if parametrize.is_parametrized(layer):
+        raise NotHereError(f"the weight of layer {path} is parametrized")
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+
+
 def _replace(layer: Any, forward: Callable[[Tensor], Tensor]) -> None:
     layer.forward = lambda *args, **named: forward(*args, *named.values())
 
@@ -74,8 +82,7 @@ def _leaky(slope: float) -> Break:
 def _weight(change: Callable[[Tensor], Tensor]) -> Break:
     def break_(model: nn.Module, input: Tensor) -> str:
         path, layer = find_first(model, nn.Linear)
-        with torch.no_grad():
-            layer.weight.copy_(change(layer.weight.clone()))
+        _set_weight(path, layer, change(layer.weight.detach().clone()))
         return path
 
     return break_
@@ -84,8 +91,7 @@ def _weight(change: Callable[[Tensor], Tensor]) -> Break:
 def _transposed(model: nn.Module, input: Tensor) -> str:
     for path, layer in find_layers(model).items():
         if isinstance(layer, nn.Linear) and 1 < layer.in_features == layer.out_features:
-            with torch.no_grad():
-                layer.weight.copy_(layer.weight.T.clone())
+            _set_weight(path, layer, layer.weight.detach().T.clone())
             return path
     raise NotHereError("no square weight matrix in this network")
 
@@ -94,8 +100,7 @@ def _permuted(model: nn.Module, input: Tensor) -> str:
     path, layer = find_first(model, nn.Linear)
     if layer.in_features == layer.out_features == 1:
         raise NotHereError(f"the weight matrix of layer {path} has a single element")
-    with torch.no_grad():
-        layer.weight.copy_(layer.weight.flatten().roll(1).view_as(layer.weight))
+    _set_weight(path, layer, layer.weight.detach().flatten().roll(1).view_as(layer.weight))
     return path
 
 
@@ -108,7 +113,9 @@ def _bias(model: nn.Module, input: Tensor) -> str:
 
 def _output(change: Callable[[Tensor], Tensor]) -> Break:
     def break_(model: nn.Module, input: Tensor) -> str:
-        path, layer = list(find_layers(model).items())[-1]
+        layers = find_layers(model)
+        path = chain_paths(model)[-1] if is_chain(model) else list(layers)[-1]
+        layer: Any = layers[path]
         whole = layer.forward
         _replace(layer, lambda x: change(whole(x)))
         return path

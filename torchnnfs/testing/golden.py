@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchnnfs.testing.candidates import DTYPES, Call, Candidate, Trace
 from torchnnfs.testing.files import write_whole
 from torchnnfs.testing.reference import Array
-from torchnnfs.testing.twins import to_numpy
+from torchnnfs.testing.twins import find_layers, to_numpy
 
 VERSION = 1
 
@@ -65,12 +65,13 @@ def save(
                 "calls": [[call.path, call.kind] for call in trace.calls],
             }
         )
-    about = {
+    about: dict[str, Any] = {
         "version": VERSION,
+        "layers": _layers(model),
         "runs": runs,
         "environment": environment,
-        "digest": _digest(arrays),
     }
+    about["digest"] = _digest(arrays, about)
     buffer = io.BytesIO()
     content: dict[str, Any] = {**arrays}
     content["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
@@ -89,13 +90,13 @@ def load(name: str, model: nn.Module, input: Tensor) -> list[tuple[Recorded, Tra
         with np.load(name, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         about: dict[str, Any] = json.loads(arrays.pop("about").tobytes())
-        version, digest, runs = about["version"], about["digest"], about["runs"]
+        version, digest, runs = about["version"], about.pop("digest"), about["runs"]
     except Exception as error:
         # NumPy raises a dozen kinds for a dozen kinds of damage; all mean the same to a reader.
         raise ValueError(f"{name!r} is no golden file: {error}") from None
     if version != VERSION:
         raise ValueError(f"{name!r} has version {version} of the format, expected {VERSION}")
-    if digest != _digest(arrays):
+    if digest != _digest(arrays, about):
         raise ValueError(f"{name!r} is damaged: its content does not match its digest")
     expected = {"input": to_numpy(input)}
     expected |= {f"parameter {path}": to_numpy(p) for path, p in model.state_dict().items()}
@@ -109,6 +110,10 @@ def load(name: str, model: nn.Module, input: Tensor) -> list[tuple[Recorded, Tra
             raise ValueError(
                 f"{name!r} was made from another {key}; it takes the same data, network and seed"
             )
+    if about["layers"] != _layers(model):
+        raise ValueError(
+            f"{name!r} was made from another network: its layers are {about['layers']}"
+        )
     loaded = []
     for i, run in enumerate(runs):
         calls = [
@@ -118,6 +123,10 @@ def load(name: str, model: nn.Module, input: Tensor) -> list[tuple[Recorded, Tra
         candidate = Recorded(f"golden {run['name']}", run["device"], DTYPES[run["dtype"]])
         loaded.append((candidate, Trace(calls, _wide(arrays[f"{i} output"]))))
     return loaded
+
+
+def _layers(model: nn.Module) -> list[list[str]]:
+    return [[path, type(layer).__name__] for path, layer in find_layers(model).items()]
 
 
 def _narrow(array: Array) -> Array:
@@ -131,8 +140,8 @@ def _wide(array: Array) -> Array:
     return array.astype(np.float64)
 
 
-def _digest(arrays: dict[str, Array]) -> str:
-    found = hashlib.sha256()
+def _digest(arrays: dict[str, Array], about: dict[str, Any]) -> str:
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for key in sorted(arrays):
         array = arrays[key]
         found.update(f"{key} {array.shape} {array.dtype.str}".encode())

@@ -73,31 +73,37 @@ def gradients(
     last = twin_of(calls[-1].layer).forward if calls else reference.identity
     loss, by_hand = _LOSSES.get(last, _LOSSES[reference.identity])
     parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
     wanted = [output, *(call.output for call in calls), *(call.input for call in calls)]
     wanted += parameters.values()
     found = torch.autograd.grad(loss(output, target), wanted, allow_unused=True)
-    values = [None if each is None else to_numpy(each) for each in found]
+    # What does not reach the loss has no gradient: it is zero.
+    values = [
+        np.zeros(tuple(tensor.shape)) if each is None else to_numpy(each)
+        for tensor, each in zip(wanted, found, strict=True)
+    ]
     p = to_numpy(output)
-    assert values[0] is not None
     yield Gradient("(loss)", "dL/doutput", values[0], *by_hand(p, target.cpu().numpy(), precision))
+    chain = is_chain(model)
     theirs = dict(zip(find_layers(model), find_layers(problem).values(), strict=True))
     totals: dict[str, tuple[Array, Array]] = {}
     for index, call in enumerate(calls):
         g = values[1 + index]
+        if chain and index + 1 < len(calls):
+            g = values[1 + len(calls) + index + 1]  # what the next layer passed on, and no other
         backward = _BACKWARD.get(twin_of(call.layer).forward)
-        if g is None or backward is None:
+        if backward is None:
             continue
         arguments = twin_of(call.layer).arguments(theirs[call.path])
         x, y = to_numpy(call.input), to_numpy(call.output)
         for name, (exact, bound) in backward(x, y, g, precision, **arguments).items():
             if name == "input":
-                value = values[1 + len(calls) + index]
-                if not is_chain(model) or value is None:
-                    value = _own(call, g)
+                value = values[1 + len(calls) + index] if chain else _own(call, g)
                 kind = f"{type(call.layer).__name__} dL/dx"
                 yield Gradient(call.path, kind, value, exact, bound)
             else:
-                full = f"{call.path}.{name}" if call.path else name
+                # A parametrized layer has no parameter of that name; a tied one has another's.
+                full = names.get(id(getattr(call.layer, name)), "")
                 before = totals.get(full, (np.zeros_like(exact), np.zeros_like(exact)))
                 # A layer that is called several times adds up, and rounds, once more for each.
                 total = before[0] + exact
@@ -105,12 +111,10 @@ def gradients(
                 totals[full] = (total, bound if full not in totals else both)
     for full, (exact, bound) in totals.items():
         path, _, name = full.rpartition(".")
-        # A parametrized layer has no parameter of that name.
-        if full in parameters:
+        if full:
             value = values[1 + 2 * len(calls) + list(parameters).index(full)]
-            kind = f"{type(find_layers(model)[path]).__name__} {_SYMBOLS[name]}"
-            if value is not None:
-                yield Gradient(path, kind, value, exact, bound)
+            kind = f"{type(model.get_submodule(path)).__name__} {_SYMBOLS[name]}"
+            yield Gradient(path, kind, value, exact, bound)
 
 
 _SYMBOLS = {"weight": "dL/dW", "bias": "dL/db"}

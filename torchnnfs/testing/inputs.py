@@ -12,6 +12,12 @@ def check_model(role: str, model: Any) -> None:
     """A module whose parameters have values."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"compare expects {role} to be a torch.nn.Module, got {_kind(model)}")
+    lazy = [name for name, value in model.named_parameters() if nn.parameter.is_lazy(value)]
+    if lazy:
+        raise ValueError(
+            f"compare expects {role} with values, got {lazy[0]!r} that has no shape yet; call the "
+            "model once first"
+        )
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise ValueError(

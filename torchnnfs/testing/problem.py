@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchnnfs.testing.bounds import PRECISIONS, Precision
 from torchnnfs.testing.candidates import watch
 from torchnnfs.testing.reference import Array
-from torchnnfs.testing.twins import FACTOR, find_layers, find_twin, is_chain, to_numpy, twin_of
+from torchnnfs.testing.twins import FACTOR, chain_paths, find_layers, is_chain, to_numpy, twin_of
 
 #: From an input and the error it may have (None: none) to the exact output and its error.
 Judge = Callable[[Array, Array | None], tuple[Array, Array]]
@@ -86,10 +86,13 @@ def pose(model: nn.Module, reference: nn.Module | Sequence[Any], dtype: torch.dt
             path: _judge_of_object(path, each, layer, precision, single)
             for (path, layer), each in zip(ours.items(), reference, strict=True)
         }
-        chain = list(judges.values()) if is_chain(model) else None
+        chain = [judges[path] for path in chain_paths(model)] if is_chain(model) else None
         return Problem(precision, judges, "", chain, None)
     stored = copy.deepcopy(reference).to("cpu", dtype)
-    whole = [_judge_of_module(each, precision) for each in _calls(stored)] or None
+    whole = None
+    if is_chain(stored):
+        layers = find_layers(stored)
+        whole = [_judge_of_module(layers[path], precision) for path in chain_paths(stored)]
     if reference is not model:
         mismatch = _mismatch(model, reference)
         if mismatch:
@@ -100,17 +103,6 @@ def pose(model: nn.Module, reference: nn.Module | Sequence[Any], dtype: torch.dt
         for path, layer in zip(find_layers(model), theirs, strict=True)
     }
     return Problem(precision, by_path, "", whole, stored)
-
-
-def _calls(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a plain chain in the order of their calls; none for anything else."""
-    if find_twin(model) is not None:
-        if is_chain(model):
-            yield model
-    elif is_chain(model):
-        assert isinstance(model, nn.Sequential)
-        for child in model:
-            yield from _calls(child)
 
 
 def _judge_of_module(layer: nn.Module, precision: Precision) -> Judge:
@@ -139,7 +131,7 @@ def _judge_of_object(
         narrow = x.astype(np.float32)
         given = narrow if single and np.array_equal(narrow, x, equal_nan=True) else x
         with np.errstate(all="ignore"):
-            result = each.forward(given)
+            result = each.forward(given.copy())  # it may work in place
         result = np.asarray(getattr(each, "output", None) if result is None else result)
         if result.dtype.name not in PRECISIONS:
             raise TypeError(
@@ -183,8 +175,9 @@ def _signature(layer: nn.Module) -> str:
 def _sampled(module: nn.Module, x: Array, precision: Precision) -> tuple[Array, Array]:
     """The module in float64, and what its output does when each layer errs by its bound.
 
-    In each of a few runs every layer's output is moved by plus or minus its bound, at random; the
-    largest change in a row of the output, times 8, stands for the bound. It is an estimate.
+    In each of a few runs every layer's output is moved by plus or minus its bound, at random, and
+    one run is in the precision itself; the largest change in a row of the output, times 8, stands
+    for the bound. It is an estimate.
     """
     exact_module = copy.deepcopy(module).to(torch.float64)
     signs = np.random.RandomState(0)
@@ -203,7 +196,12 @@ def _sampled(module: nn.Module, x: Array, precision: Precision) -> tuple[Array, 
         bound = np.full_like(exact, FACTOR * precision.unit * size)
     else:
         runs = [to_numpy(watch(exact_module, torch.from_numpy(x), err)) for _ in range(_SAMPLES)]
+        # What happens between the layers rounds as well: a run in the precision itself has it.
+        with torch.no_grad():
+            (name,) = [name for name, each in PRECISIONS.items() if each is precision]
+            runs.append(to_numpy(module(torch.from_numpy(x).to(getattr(torch, name)))))
         spread = np.max(np.abs(np.stack(runs) - exact), axis=0)
+        spread[~np.isfinite(spread)] = np.inf
         if spread.ndim:
             spread = np.broadcast_to(spread.max(axis=-1, keepdims=True), spread.shape)
         bound = _SPREAD * (spread + precision.unit * np.abs(exact))

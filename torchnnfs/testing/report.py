@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from rich.box import MARKDOWN
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -24,30 +23,42 @@ LEGEND = (
 )
 
 
+_LEFT = ("candidate", "device", "dtype", "layer", "verdict")
+_HEADINGS = (*_LEFT[:4], "max |error|", "max ULP", "bits equal", "isolated", "chained", "verdict")
+
+
+def _cells(row: Row) -> list[str]:
+    """A row in words, under `_HEADINGS`."""
+    said = "ok" if row.ok else "differs"
+    return [
+        row.candidate,
+        row.device,
+        row.dtype,
+        label(row),
+        f"{row.max_abs:.1e}",
+        f"{row.max_ulp:.2f}" if row.max_ulp < 1e4 else f"{row.max_ulp:.0e}",
+        f"{row.bit_equal:.1%}",
+        _ratio(row.isolated_ratio),
+        _ratio(row.chained_ratio),
+        said if row.basis == "rounding" else f"{said} (bound: {row.basis})",
+    ]
+
+
 def table(comparison: Comparison) -> Table:
     """One line for each candidate and layer."""
     grid = Table()
-    for heading in ("candidate", "device", "dtype", "layer"):
-        grid.add_column(heading, no_wrap=True)
-    for heading in ("max |error|", "max ULP", "bits equal", "isolated", "chained"):
-        grid.add_column(heading, justify="right", no_wrap=True)
-    grid.add_column("verdict", no_wrap=True)
-    before: tuple[str, str, str] | None = None
+    for heading in _HEADINGS:
+        justify: Literal["left", "right"] = "left" if heading in _LEFT else "right"
+        grid.add_column(heading, justify=justify, no_wrap=True)
+    before: list[str] = []
     for row in comparison.rows:
-        now = (row.candidate, row.device, row.dtype)
-        if before not in (None, now):
+        cells = _cells(row)
+        now = cells[:3]
+        if before and now != before:
             grid.add_section()
-        verdict = "[green]ok[/]" if row.ok else "[bold red]differs[/]"
-        grid.add_row(
-            *(now if now != before else ("", "", "")),
-            Text(label(row)),
-            f"{row.max_abs:.1e}",
-            f"{row.max_ulp:.2f}" if row.max_ulp < 1e4 else f"{row.max_ulp:.0e}",
-            f"{row.bit_equal:.1%}",
-            _ratio(row.isolated_ratio),
-            _ratio(row.chained_ratio),
-            verdict if row.basis == "rounding" else f"{verdict} (bound: {row.basis})",
-        )
+        shown = [*(now if now != before else [""] * 3), *cells[3:]]
+        style = "green" if row.ok else "bold red"
+        grid.add_row(*map(Text, shown[:-1]), Text(shown[-1], style=style))
         before = now
     return grid
 
@@ -149,19 +160,22 @@ def as_text(comparison: Comparison) -> str:
     return buffer.getvalue().rstrip()
 
 
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
 def as_markdown(comparison: Comparison) -> str:
     """The verdict first, then the table and the rest, as for a pull request."""
-    buffer = io.StringIO()
-    grid = table(comparison)
-    grid.box, grid.show_edge = MARKDOWN, True
-    for column in grid.columns:
-        column._cells = [str(cell).replace("|error|", "error") for cell in column._cells]
-        column.header = str(column.header).replace("|", "")
-    for row in grid.rows:
-        row.end_section = False
-    Console(file=buffer, width=400, color_system=None).print(grid)
-    lines = [line.rstrip() for line in buffer.getvalue().strip().splitlines()]
+    rules = [":--" if heading in _LEFT else "--:" for heading in _HEADINGS]
+    lines = [_HEADINGS, rules, *(_cells(row) for row in comparison.rows)]
     facts = ", ".join(f"{name} {fact}" for name, fact in comparison.environment.items())
-    parts = [f"**{verdict(comparison)}**", "\n".join(lines)]
-    parts += [f"- {remark}" for remark in remarks(comparison)]
-    return "\n\n".join([*parts, f"<sub>{facts}</sub>"]) + "\n"
+    return "\n\n".join(
+        [
+            f"**{verdict(comparison)}**",
+            "\n".join(
+                f"| {' | '.join(c.replace('|', chr(92) + '|') for c in line)} |" for line in lines
+            ),
+            *(f"- {remark}" for remark in remarks(comparison)),
+            f"<sub>{facts}</sub>\n",
+        ]
+    )

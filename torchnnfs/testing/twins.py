@@ -131,7 +131,7 @@ def _run_itself(x: Array, layer: nn.Module) -> Array:
     alone = copy.deepcopy(layer).to("cpu", torch.float64)
     # By its forward, not by a call: the hooks that watch the layer are not part of it.
     with torch.no_grad():
-        return to_numpy(alone.forward(torch.from_numpy(x)))
+        return to_numpy(alone.forward(torch.from_numpy(x.astype(np.float64))))
 
 
 def find_twin(layer: nn.Module) -> Twin | None:
@@ -174,6 +174,21 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         )
     for name, child in children:
         yield from _walk(child, f"{path}.{name}" if path else name)
+
+
+def chain_paths(model: nn.Module) -> list[str]:
+    """The paths of a plain chain's layers in the order of their calls, a shared one each time."""
+    paths = {id(layer): path for path, layer in find_layers(model).items()}
+    return [paths[id(layer)] for layer in _in_order(model)]
+
+
+def _in_order(model: nn.Module) -> Iterator[nn.Module]:
+    if find_twin(model) is not None:
+        yield model
+        return
+    assert isinstance(model, nn.Sequential)
+    for child in model:
+        yield from _in_order(child)
 
 
 def is_chain(model: nn.Module) -> bool:
