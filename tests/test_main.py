@@ -97,6 +97,8 @@ def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, caps
         ("compare --json .", "--json '.' names no file"),
         ("compare --markdown=", "--markdown '' names no file"),
         ("compare --json " + "a" * 300, "cannot be written: File name too long"),
+        ("compare --json a --html a", "each report and golden file needs a name of its own"),
+        ("compare --save-golden -", "each report and golden file needs a name of its own"),
         ("compare --candidates numbers", "argument --candidates: invalid choice: 'numbers'"),
         (
             "compare --candidates onnx --dtype bfloat16",

@@ -95,3 +95,31 @@ def test_accuracy_of_both_sides_is_reported(chapter):
     text = str(compare(*chapter, candidates=["eager", "numpy"]))
     assert "Closest to float64 at the end, in float32: " in text
     assert "numpy on cpu (" in text
+
+
+def test_a_layer_that_is_called_twice_in_a_chain(name):
+    shared = nn.ReLU()
+    model = nn.Sequential(Dense(4, 4), shared, nn.Sequential(Dense(4, 4), shared), Dense(4, 3))
+    with torch.no_grad():
+        for layer in (model[0], model[2][0], model[3]):
+            layer.weight.mul_(100)
+    comparison = compare(model, torch.randn(20, 4), candidates=[name])
+    assert comparison.ok, comparison
+
+
+def test_more_models_than_torch_compile_takes_for_one():
+    for width in range(9):
+        assert compare(classifier(2, 3 + width), torch.randn(5, 2), candidates=["compiled"]).ok
+
+
+def test_an_output_that_is_no_tensor_is_refused():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = Dense(2, 3)
+
+        def forward(self, x):
+            return self.dense(x), x
+
+    with pytest.raises(TypeError, match="a model whose output is a tensor, got tuple"):
+        compare(Net(), torch.randn(5, 2))

@@ -496,3 +496,51 @@ def test_random_correct_networks_agree(seed, device):
     dtypes = [torch.float64, torch.float32, torch.bfloat16]
     comparison = compare(model, points, candidates=[Candidate("eager", device, d) for d in dtypes])
     assert comparison.ok, comparison
+
+
+def test_a_reference_that_is_wired_otherwise_is_a_divergence():
+    first, second = Dense(4, 4), Dense(4, 3)
+    with torch.no_grad():
+        first.weight.mul_(100)
+
+    class Wired(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)))
+
+    points = torch.randn(20, 4)
+    comparison = compare(nn.Sequential(first, second), points, reference=Wired())
+    assert comparison.first_divergence.layer == "(output)"
+    assert compare(Wired(), points, reference=nn.Sequential(first, ReLU(), second)).ok
+
+
+def test_rounding_between_the_layers_is_no_divergence():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = Dense(4, 3)
+
+        def forward(self, x):
+            return self.dense(x - x.mean(0))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        candidates = [Candidate(dtype=dtype)]
+        assert compare(Centred(), torch.randn(100, 4) + 100, candidates=candidates).ok
+
+
+def test_a_lazy_layer_is_refused_before_its_first_call():
+    from torchnnfs import LazyDense
+
+    with pytest.raises(ValueError, match="got 'weight' that has no shape yet; call the model once"):
+        compare(LazyDense(3), torch.ones(2, 2))
+
+
+def test_log_softmax_of_half_types_and_of_large_spreads(dtype):
+    for scale in (0.01, 1, 10):
+        logits = torch.randn(300, 3) * scale
+        comparison = compare(nn.LogSoftmax(-1), logits, candidates=[Candidate(dtype=dtype)])
+        assert comparison.ok, comparison
+    assert compare(nn.LogSoftmax(-1), torch.tensor([[3.3, 1.1, -2e10]])).ok

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchnnfs import classifier, compare, spiral
+from torchnnfs import Dense, ReLU, classifier, compare, spiral
 from torchnnfs.__main__ import main
 from torchnnfs.testing import Candidate
 from torchnnfs.testing.candidates import devices_here
@@ -105,3 +105,26 @@ def test_on_the_command_line(tmp_path, capsys):
     assert "was made from another input" in capsys.readouterr().err
     assert main([*command, "--golden", "nowhere.npz"]) == 2
     assert main([*command, "--save-golden", "/nowhere/a.npz"]) == 2
+
+
+def test_a_network_of_other_layers_is_refused(tmp_path):
+    name = str(tmp_path / "golden.npz")
+    with_relu = torch.nn.Sequential(Dense(2, 3), ReLU(), Dense(3, 3))
+    without = torch.nn.Sequential()
+    without.add_module("0", with_relu[0])
+    without.add_module("2", with_relu[2])
+    points = torch.randn(5, 2)
+    compare(with_relu, points).save_golden(name)
+    with pytest.raises(ValueError, match="made from another network: its layers are"):
+        compare(without, points, golden_file=name)
+
+
+def test_what_is_said_of_the_runs_is_under_the_digest(chapter, golden):
+    def fewer(arrays):
+        about = json.loads(arrays["about"].tobytes())
+        about["runs"] = []
+        arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+
+    change(golden, fewer)
+    with pytest.raises(ValueError, match="damaged: its content does not match"):
+        compare(*chapter, golden_file=golden)

@@ -158,3 +158,40 @@ def test_the_gradients_of_the_model_are_left_alone(chapter):
     compare(model, points, backward=True, target=target)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert np.isfinite(points.numpy()).all()
+
+
+def test_tied_weights_add_up():
+    first, second, last = Dense(4, 4), Dense(4, 4), Dense(4, 3)
+    second.weight = first.weight
+    model = nn.Sequential(first, ReLU(), second, ReLU(), last)
+    with torch.no_grad():
+        first.weight.mul_(50)
+    points, target = torch.randn(30, 4), torch.randint(3, (30,))
+    comparison = compare(model, points, backward=True, target=target)
+    assert comparison.ok, comparison
+
+
+def test_a_gradient_that_never_arrives_is_found(chapter):
+    model, points, target = chapter
+
+    class Detached(Dense):
+        def forward(self, input):
+            return nn.functional.linear(input, self.weight.detach(), self.bias)
+
+    model[0] = Detached(2, 3)
+    first = compare(model, points, backward=True, target=target).first_divergence
+    assert f"{first.layer} {first.kind}" == "0 Detached dL/dW"
+
+
+def test_a_gradient_that_changes_between_layers_is_found(chapter):
+    model, points, target = chapter
+    model[0].register_forward_hook(lambda layer, args, output: _Double.apply(output))
+    first = compare(model, points, backward=True, target=target).first_divergence
+    assert f"{first.layer} {first.kind}" == "0 Dense dL/dx"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_judged_whatever_the_mode(chapter, mode):
+    model, points, target = chapter
+    with mode():
+        assert compare(model, points, backward=True, target=target).ok

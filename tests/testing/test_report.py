@@ -100,4 +100,8 @@ def test_numpys_exp_is_named_where_it_is_not_exact():
 def test_names_are_printed_as_they_are():
     model = nn.Sequential(nn.Sequential())
     model[0].add_module("[red]", ReLU())
-    assert "0.[red] ReLU" in str(compare(model, torch.randn(3, 2), candidates=["eager"]))
+    model[0].add_module("a|b", ReLU())
+    comparison = compare(model, torch.randn(3, 2), candidates=["eager"])
+    assert "0.[red] ReLU" in str(comparison)
+    assert r"| 0.[red] ReLU |" in report.as_markdown(comparison)
+    assert r"| 0.a\|b ReLU |" in report.as_markdown(comparison)
