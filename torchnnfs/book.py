@@ -1,4 +1,4 @@
-"""The book's dialect: its names, its stream and its arithmetic, bit for bit on any device.
+"""The book's dialect: its names, its stream and its arithmetic, bit for bit.
 
 The arithmetic is that of the book's page, which `nnfs.init()` and a correctly rounded `exp` give:
 
