@@ -172,9 +172,7 @@ def as_markdown(comparison: Comparison) -> str:
     return "\n\n".join(
         [
             f"**{verdict(comparison)}**",
-            "\n".join(
-                f"| {' | '.join(c.replace('|', chr(92) + '|') for c in line)} |" for line in lines
-            ),
+            "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines),
             *(f"- {remark}" for remark in remarks(comparison)),
             f"<sub>{facts}</sub>\n",
         ]
