@@ -183,9 +183,13 @@ def test_a_gradient_that_never_arrives_is_found(chapter):
     assert f"{first.layer} {first.kind}" == "0 Detached dL/dW"
 
 
-def test_a_gradient_that_changes_between_layers_is_found(chapter):
+@pytest.mark.parametrize("place", ["behind the first", "before the second"])
+def test_a_gradient_that_changes_between_layers_is_found(chapter, place):
     model, points, target = chapter
-    model[0].register_forward_hook(lambda layer, args, output: _Double.apply(output))
+    if place == "behind the first":
+        model[0].register_forward_hook(lambda layer, args, output: _Double.apply(output))
+    else:
+        model[1].register_forward_pre_hook(lambda layer, args: _Double.apply(*args))
     first = compare(model, points, backward=True, target=target).first_divergence
     assert f"{first.layer} {first.kind}" == "0 Dense dL/dx"
 
