@@ -31,6 +31,7 @@ LAYERS = [
     "torchnnfs.testing.twins",
     "torchnnfs.testing.bounds",
     "torchnnfs.testing.reference",
+    "torchnnfs.fused",
     "torchnnfs.book",
     "torchnnfs.modules",
     "torchnnfs.spiral",

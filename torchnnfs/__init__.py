@@ -1,5 +1,6 @@
 """Chapter 4 of "Neural Networks from Scratch" as PyTorch modules, proven equal to NumPy."""
 
+from torchnnfs.fused import fuse
 from torchnnfs.modules import (
     Dense,
     LazyDense,
@@ -22,6 +23,7 @@ __all__ = [
     "classifier",
     "compare",
     "from_torch",
+    "fuse",
     "spiral",
     "to_torch",
 ]

@@ -49,6 +49,10 @@ def test_deeper_networks_without_softmax(name):
     comparison = compare(model, torch.randn(30, 5), candidates=[name])
     assert comparison.ok, comparison
     model = nn.Sequential(Dense(5, 16), nn.Identity(), nn.LogSoftmax(-1))
+    if name == "fused":
+        with pytest.raises(TypeError, match=r"fuse expects .* got Identity"):
+            compare(model, torch.randn(30, 5), candidates=[name])
+        return
     comparison = compare(model, torch.randn(30, 5), candidates=[name])
     assert comparison.ok, comparison
 
@@ -77,7 +81,9 @@ def test_choose():
         Candidate("eager", torch.device("cpu"), torch.float64),
         Candidate("numpy"),
     ]
-    with pytest.raises(ValueError, match="unknown candidate 'tpu'; known are eager, compiled"):
+    with pytest.raises(
+        ValueError, match="unknown candidate 'tpu'; known are eager, fused, compiled"
+    ):
         choose(["tpu"])
 
 

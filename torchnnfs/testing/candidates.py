@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchnnfs.fused import fuse
 from torchnnfs.testing.reference import Array
 from torchnnfs.testing.twins import chain_paths, find_layers, is_chain, to_numpy, twin_of
 
@@ -47,9 +48,9 @@ class Candidate:
     """A way of computing a model.
 
     Attributes:
-        name: "eager" is torch as it is, "compiled" `torch.compile`, "exported" `torch.export`,
-            "onnx" `torch.onnx.export` run by ONNX Runtime, "jax" jax.numpy under jit on the same
-            parameters, and "numpy" the book's NumPy in float32.
+        name: "eager" is torch as it is, "fused" `torchnnfs.fuse`, "compiled" `torch.compile`,
+            "exported" `torch.export`, "onnx" `torch.onnx.export` run by ONNX Runtime, "jax"
+            jax.numpy under jit on the same parameters, and "numpy" the book's NumPy in float32.
         device: where it computes; "onnx", "jax" and "numpy" are on the CPU here.
         dtype: what parameters and input are cast to first.
     """
@@ -204,6 +205,12 @@ def _arguments(layer: nn.Module, dtype: Any) -> dict[str, Any]:
     }
 
 
+def _fused(model: nn.Module, input: Tensor) -> Trace:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what torch.compile itself uses
+        return Trace([], to_numpy(fuse(model)(input)))
+
+
 def _compiled(model: nn.Module, input: Tensor) -> Trace:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler itself uses
@@ -293,6 +300,7 @@ class Kind:
 
 KINDS = {
     "eager": Kind(_eager),
+    "fused": Kind(_fused),
     "compiled": Kind(_compiled),
     "exported": Kind(_exported),
     "onnx": Kind(
