@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, get_num_threads, is_grad_enabled, nn
+from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
@@ -166,7 +168,7 @@ def chain(
         if callable(function):
             held = tuple({"weight": weight, "bias": bias} for weight, bias in pairs)
             out = input.new_empty(*input.shape[:-1], widths[-1])
-            if function(input.contiguous(), out, torch.get_num_threads(), held) == DONE:
+            if function(input.contiguous(), out, get_num_threads(), held) == DONE:
                 return out
     return _formula(input, parameters, biases, relus, softmax)[-1]
 
@@ -395,32 +397,33 @@ class _Plan:
         """Run the kernel; what it says, and the output."""
         shape = input.shape
         dims = len(shape)
-        if not self.is_alone(input) or self.dim not in (-1, dims - 1):
+        if self.dim not in (-1, dims - 1) or _is_watched():
+            return DECLINED, None
+        if is_grad_enabled() and (input.requires_grad or self.requires_grad()):
             return DECLINED, None
         if out is None and dims == 2:
             out = input.new_empty(shape[0], self.outputs)
         elif out is None:
             out = input.new_empty(*shape[:-1], self.outputs)
-        said = self.function(input, out, torch.get_num_threads(), self.parameters)
+        said = self.function(input, out, get_num_threads(), self.parameters)
         if said == STRIDED:
-            whole = input.contiguous()
-            said = self.function(whole, out, torch.get_num_threads(), self.parameters)
+            said = self.function(input.contiguous(), out, get_num_threads(), self.parameters)
         return said, out
 
-    def is_alone(self, input: Tensor) -> bool:
-        """Whether torch's dispatcher has nothing to see to that a kernel would pass by."""
-        if torch.is_grad_enabled() and (input.requires_grad or self.requires_grad()):
-            return False
-        return (
-            forward_ad._current_level < 0
-            and not torch._C._len_torch_dispatch_stack()
-            and not torch._C._is_any_autocast_enabled()
-            and torch._C._get_tracing_state() is None
-        )
-
     def requires_grad(self) -> bool:
+        """Whether one of the parameters does."""
         held = (each for parameters in self.parameters for each in parameters.values())
         return any(each is not None and each.requires_grad for each in held)
+
+
+def _is_watched() -> bool:
+    """Whether torch's dispatcher has something to see to that a kernel would pass by."""
+    return (
+        forward_ad._current_level >= 0
+        or _len_torch_dispatch_stack() > 0
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+    )
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:
@@ -467,7 +470,7 @@ class Fused(nn.Sequential):
         return plan
 
     def forward(self, input: Tensor, out: Tensor | None = None) -> Tensor:  # noqa: D102
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return _into(out, self._traced(input))
         plan = self._plan
         if plan is None or not plan.holds():
@@ -485,8 +488,13 @@ class Fused(nn.Sequential):
         return _into(out, self._eager(input))
 
     def _compile(self, plan: _Plan, input: Tensor) -> Tensor:
-        few = input.is_cpu and input.numel() < _COMPILED * plan.chain.widths[0]
-        if few or input.device != plan.device or plan.dim not in (-1, input.ndim - 1):
+        if (
+            (input.dtype, input.device) != (plan.dtype, plan.device)
+            or input.shape[-1:] != plan.chain.widths[:1]
+            or plan.dim not in (-1, input.ndim - 1)
+            or (input.is_cpu and input.numel() < _COMPILED * input.shape[-1])
+            or _is_watched()
+        ):
             return self._eager(input)
         try:
             return _compiled(plan.chain)(input, plan.network.parameters())
