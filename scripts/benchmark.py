@@ -364,15 +364,19 @@ def table(result: dict) -> Table:
         peak = row.get("peak_bytes")
         shown.add_row(
             row["peer"],
-            f"{row['microseconds']:,.1f}",
-            "{:,.1f} - {:,.1f}".format(*row["quartiles"]),
-            f"{row['ratio']:.2f}",
-            "{:.2f} - {:.2f}".format(*row["ratio_quartiles"]),
+            digits(row["microseconds"]),
+            " - ".join(map(digits, row["quartiles"])),
+            digits(row["ratio"]),
+            " - ".join(map(digits, row["ratio_quartiles"])),
             f"{row['samples_per_second']:.3g}",
-            f"{row['bytes_per_second'] / 1e9:.2f}",
+            digits(row["bytes_per_second"] / 1e9),
             "" if peak is None else f"{peak / 1e6:,.0f}",
         )
     return shown
+
+
+def digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def plot(results: list[dict], path: Path) -> None:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled, nn
@@ -325,7 +325,7 @@ class _Plan:
         self.hooked = False
         self._note(model)
         self.handles = RemovableHandle.next_id
-        self.way, self.reason = "eager", ""
+        self.way, self.reason, self.is_stale = "eager", "", False
         self.layers = _flatten(model)
         self.kinds = [*map(type, self.layers)]
         self.softmax: nn.Softmax | None = None
@@ -393,22 +393,26 @@ class _Plan:
         first = self.weights[0][1] if self.weights else None
         return first is None or (first.dtype is self.dtype and first.device == self.device)
 
-    def launch(self, input: Tensor, out: Tensor | None) -> tuple[int, Tensor | None]:
-        """Run the kernel; what it says, and the output."""
-        shape = input.shape
-        dims = len(shape)
-        if self.dim not in (-1, dims - 1) or _is_watched():
-            return DECLINED, None
-        if is_grad_enabled() and (input.requires_grad or self.requires_grad()):
-            return DECLINED, None
-        if out is None and dims == 2:
-            out = input.new_empty(shape[0], self.outputs)
-        elif out is None:
-            out = input.new_empty(*shape[:-1], self.outputs)
+    def launch(self, input: Tensor, out: Tensor | None) -> Tensor | None:
+        """The kernel's output, None where it is for the layers to compute or to complain."""
+        if (
+            type(input) is not Tensor
+            or _is_watched()
+            or (is_grad_enabled() and (input.requires_grad or self.requires_grad()))
+            or (self.dim != -1 and self.dim != input.ndim - 1)
+        ):
+            return None
+        if out is None:
+            shape = input.shape
+            if len(shape) == 2:
+                out = input.new_empty(shape[0], self.outputs)
+            else:
+                out = input.new_empty(*shape[:-1], self.outputs)
         said = self.function(input, out, get_num_threads(), self.parameters)
         if said == STRIDED:
             said = self.function(input.contiguous(), out, get_num_threads(), self.parameters)
-        return said, out
+        self.is_stale = said == CHANGED
+        return out if said == DONE else None
 
     def requires_grad(self) -> bool:
         """Whether one of the parameters does."""
@@ -474,15 +478,14 @@ class Fused(nn.Sequential):
             return _into(out, self._traced(input))
         plan = self._plan
         if plan is None or not plan.holds():
-            plan = self._current()
-        if plan.way == "kernel" and isinstance(input, Tensor):
-            said, result = plan.launch(input, out)
-            if said == CHANGED:
+            plan = self._plan = _Plan(self)
+        if plan.way == "kernel":
+            result = plan.launch(input, out)
+            if plan.is_stale:
                 plan = self._plan = _Plan(self)
-                if plan.way == "kernel":
-                    said, result = plan.launch(input, out)
-            if said == DONE:
-                return cast(Tensor, result)
+                result = plan.launch(input, out) if plan.way == "kernel" else None
+            if result is not None:
+                return result
         if plan.way == "torch.compile" and isinstance(input, Tensor):
             return _into(out, self._compile(plan, input))
         return _into(out, self._eager(input))
