@@ -175,7 +175,7 @@ def graph(model: nn.Module, input: Tensor) -> Call:
     return captured.replay
 
 
-def peers(widths: list[int], input: Tensor) -> dict[str, Call]:
+def peers(widths: list[int], input: Tensor, wanted: list[str] | None) -> dict[str, Call]:
     """Everything that computes the same network on the same input, compiled and warm."""
     torch.manual_seed(0)
     ours = classifier(*widths, device=input.device)
@@ -194,7 +194,9 @@ def peers(widths: list[int], input: Tensor) -> dict[str, Call]:
         "torch.compile": lambda: faster(input),
         "torch.compile max-autotune": lambda: tuned(input),
     }
-    if input.is_cuda:
+    if wanted:
+        found = {name: found[name] for name in found if name in wanted}
+    elif input.is_cuda:
         found["CUDA graph of eager"] = graph(eager, input)
     else:
         found.update(on_cpu(eager, widths, input))
@@ -307,7 +309,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int, dict[s
                 " -> ".join(map(str, widths)),
                 samples,
                 4 * samples * (widths[0] + widths[-1]),
-                peers(widths, input),
+                peers(widths, input, arguments.peers),
             )
 
 
@@ -337,24 +339,53 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     return results
 
 
-def verdicts(result: dict) -> list[str]:
-    """The fused model beside the best of the others and beside the book's code."""
+def best_other(result: dict) -> tuple[str, float] | None:
+    """The fastest of all but ours and the copy, and how many times as long as ours it takes."""
     times = {row["peer"]: row["ratio"] for row in result["peers"]}
-    others = {name: times[name] for name in times if name not in OURS and "copy" not in name}
+    others = [name for name in times if name not in OURS and "copy" not in name]
     if OURS[0] not in times or not others:
-        return []
-    best = min(others, key=others.__getitem__)
-    lines = [f"{others[best]:.2f} times as fast as {best}, the best of the others"]
-    if BOOK in times:
-        lines.append(f"{times[BOOK]:.1f} times as fast as the {BOOK}")
-    return lines
+        return None
+    best = min(others, key=times.__getitem__)
+    return best, times[best]
+
+
+def verdict(result: dict) -> str:
+    best, times = best_other(result), {row["peer"]: row["ratio"] for row in result["peers"]}
+    if best is None:
+        return ""
+    line = f"fused is {digits(best[1])} times as fast as {best[0]}, the best of the others"
+    return line + (f"; {digits(times[BOOK])} times as fast as the {BOOK}" if BOOK in times else "")
+
+
+def summary(results: list[dict]) -> str:
+    """The verdicts as a table in Markdown."""
+    lines = [
+        "| network | samples | fused, µs | best of the others | times as fast as it | with `out=` "
+        "| as the book's NumPy |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        rows = {row["peer"]: row for row in result["peers"]}
+        best = best_other(result)
+        assert best is not None
+        shown = [
+            result["network"].replace("->", "→"),
+            f"{result['samples']:,}".replace(",", " "),
+            digits(rows["fused"]["microseconds"]),
+            best[0],
+            digits(best[1]),
+            digits(best[1] / rows["fused, out="]["ratio"]),
+            digits(rows[BOOK]["ratio"]),
+        ]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
 def table(result: dict) -> Table:
     shown = Table(
         title=f"{result['network']}, {result['samples']:,} samples, {result['rounds']} rounds",
         title_justify="left",
-        caption="; ".join(verdicts(result)),
+        caption=verdict(result),
         caption_justify="left",
     )
     headings = ["peer", "µs", "quartiles", "ratio", "quartiles", "samples/s", "GB/s", "peak MB"]
@@ -440,6 +471,7 @@ def main() -> None:
         "--networks", nargs="+", default=["2-3-3", "2-16-3", "2-64-3", "2-64-64-3"], metavar="W-W-W"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these of torch's and ours")
     parser.add_argument("--rounds", type=int, help="default: by the number of samples, 7 to 100")
     parser.add_argument("--widest", type=int, help="let kernels be wider than fuse would")
     parser.add_argument("--layers", action="store_true", help="our layers beside torch's instead")
@@ -459,7 +491,7 @@ def main() -> None:
 
     packages = {"numba": ("numba",), "JAX": ("jax",), "ONNX Runtime": ("onnxruntime", "onnxscript")}
     absent = [name for name, needed in packages.items() if not is_here(*needed)]
-    if absent and arguments.device == "cpu" and not arguments.layers:
+    if absent and arguments.device == "cpu" and not (arguments.layers or arguments.peers):
         print(
             f"Left out: {', '.join(absent)}. To install all peers: "
             ".venv/bin/pip install -c constraints.txt --group benchmark",

@@ -1,4 +1,8 @@
+import importlib.util
+import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -46,3 +50,32 @@ def test_readme_names_every_public_function():
 @pytest.mark.parametrize("script", ["scripts/compare", "scripts/test", ".ci/run"])
 def test_scripts_can_be_run(script):
     assert (ROOT / script).stat().st_mode & 0o111
+
+
+def test_the_benchmark_writes_what_it_measured(tmp_path):
+    record, picture = tmp_path / "speed.json", tmp_path / "speed.png"
+    command = [sys.executable, ROOT / "scripts/benchmark.py", "--samples", "5", "70"]
+    command += ["--networks", "2-3-3", "--rounds", "2", "--peers", "fused", "torch eager"]
+    done = subprocess.run(
+        [*command, "--json", record, "--plot", picture], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 -> 3 -> 3, 70 samples, 2 rounds" in done.stdout
+    assert "times as fast as torch eager, the best of the others" in done.stdout
+    few, _ = json.loads(record.read_text())["results"]
+    assert [row["peer"] for row in few["peers"]] == [
+        "fused",
+        "torch eager",
+        "copy of as many bytes",
+    ]
+    assert all(row["microseconds"] > 0 for row in few["peers"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_speed_is_that_of_the_record():
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts/benchmark.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    record = json.loads((ROOT / "results/speed.json").read_text())
+    assert len(record["results"]) == 16
+    assert benchmark.summary(record["results"]) in (ROOT / "docs/speed.md").read_text()

@@ -75,7 +75,7 @@ INLINE void neurons(const Scalar* weight, const Scalar* bias, const Plane* x, Pl
         for (int j = 0; j < COUNT; ++j)
             for (int s = 0; s < STRIP; ++s) sum[j][s] += load(weight[j * IN + i]) * x[i][s];
     for (int j = 0; j < COUNT; ++j)
-        for (int s = 0; s < STRIP; ++s) y[j][s] = relu && true ? (sum[j][s] < 0 ? Vector{} : sum[j][s]) : sum[j][s];
+        for (int s = 0; s < STRIP; ++s) y[j][s] = relu ? (sum[j][s] < 0 ? Vector{} : sum[j][s]) : sum[j][s];
 }
 
 // The layers from number L on, each from one buffer to the other; where the last one's output is.
@@ -199,11 +199,10 @@ static bool contiguous(const DLTensor& tensor) {
 enum Outcome { DONE, DECLINED, STRIDED, CHANGED };
 
 // forward(input, output, threads, parameters), the last a tuple of the layers' `_parameters`: DONE;
-// DECLINED, if the layers must do it or are faster; STRIDED, if input must be made contiguous; CHANGED, if
+// DECLINED, if the layers must do it; STRIDED, if input must be made contiguous; CHANGED, if
 // the parameters are others than this was compiled for.
 static Outcome forward(Object* const* arguments) {
-    constexpr int64_t FEW = 1 << 15, WAKE = 1 << 18;  // see docs/speed.md
-    int64_t cost = SOFTMAX * 16 * OUTPUTS;             // an exponential is like 16 products
+    int64_t cost = SOFTMAX * 16 * OUTPUTS;  // products a sample; an exponential is like 16
     const Scalar* parameters[2 * LAYERS];
     for (int layer = 0; layer < LAYERS; ++layer) {
         Object* held = PyTuple_GetItem(arguments[3], layer);
@@ -228,8 +227,7 @@ static Outcome forward(Object* const* arguments) {
     Scalar *y = data(output), *y_end = y + size(output);
     if (x < y_end && y < x_end) return DECLINED;  // they overlap
     const int64_t samples = (x_end - x) / INPUTS;
-    if (samples < TILE && cost > FEW) return DECLINED;
-    if (samples * cost < WAKE) {
+    if (samples * cost < 1 << 18) {  // too little to wake another thread for
         compute(parameters, x, y, samples, 1);
     } else {
         Object* state = PyEval_SaveThread();

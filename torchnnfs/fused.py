@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import shlex
 import subprocess
@@ -34,6 +35,7 @@ _TYPES = {
 }
 # Where one way becomes faster than another, measured on two cores with AVX-512 (docs/speed.md).
 _WIDEST = 256  # what wider layers need of a tile leaves the cache, and eager torch is faster
+_TILE, _HEAVY = 64, 2**15  # a part of a tile costs as much as a tile: so many products are too many
 _COMPILED = 8000  # on a CPU, with fewer samples a call of what torch.compile made costs too much
 _UNROLLED = 16  # up to this width each feature is a tensor of its own for torch.compile
 
@@ -116,7 +118,8 @@ def _build(definitions: list[str]) -> Path:
     source = files("torchnnfs").joinpath("fused.cpp").read_bytes()
     command, macros = _compiler()
     command = [*command, *definitions]
-    key = hashlib.sha256(b"\0".join([source, macros, *map(str.encode, command)])).hexdigest()
+    told = map(str.encode, [torch.__version__, *command])
+    key = hashlib.sha256(b"\0".join([source, macros, *told])).hexdigest()
     library = _directory() / f"{key[:32]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
@@ -352,6 +355,8 @@ class _Plan:
         self.parameters = tuple(each._parameters for each in network.dense)
         self.weights = [(each._parameters, each.weight) for each in network.dense]
         self.outputs = self.chain.widths[-1]
+        products = sum(a * b for a, b in itertools.pairwise(self.chain.widths))
+        self.least = _TILE * self.chain.widths[0] if products > _HEAVY else 0
         tensors = [each for held in self.parameters for each in held.values() if each is not None]
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
         if self.dtype not in _TYPES or not all(
@@ -388,18 +393,19 @@ class _Plan:
     def _stays(self) -> bool:
         if [*map(type, self.layers)] != self.kinds:
             return False
-        if any(held.get("weight") is not weight for held, weight in self.weights):
-            return False
-        first = self.weights[0][1] if self.weights else None
-        return first is None or (first.dtype is self.dtype and first.device == self.device)
+        for held, weight in self.weights:
+            if held.get("weight") is not weight or weight.dtype is not self.dtype:
+                return False
+        return not self.weights or self.weights[0][1].device == self.device
 
     def launch(self, input: Tensor, out: Tensor | None) -> Tensor | None:
         """The kernel's output, None where it is for the layers to compute or to complain."""
         if (
             type(input) is not Tensor
-            or _is_watched()
             or (is_grad_enabled() and (input.requires_grad or self.requires_grad()))
+            or _is_watched()
             or (self.dim != -1 and self.dim != input.ndim - 1)
+            or (self.least and input.numel() < self.least)
         ):
             return None
         if out is None:
@@ -416,8 +422,11 @@ class _Plan:
 
     def requires_grad(self) -> bool:
         """Whether one of the parameters does."""
-        held = (each for parameters in self.parameters for each in parameters.values())
-        return any(each is not None and each.requires_grad for each in held)
+        for parameters in self.parameters:
+            for each in parameters.values():
+                if each is not None and each.requires_grad:
+                    return True
+        return False
 
 
 def _is_watched() -> bool:
@@ -432,7 +441,7 @@ def _is_watched() -> bool:
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:
     """`result`, copied to `out` where one was given."""
-    if out is None or out is result:
+    if out is None:
         return result
     if not isinstance(out, Tensor):
         raise TypeError(f"fused(input, out=...) expects a torch.Tensor, got {type(out).__name__}")
@@ -486,9 +495,13 @@ class Fused(nn.Sequential):
                 result = plan.launch(input, out) if plan.way == "kernel" else None
             if result is not None:
                 return result
-        if plan.way == "torch.compile" and isinstance(input, Tensor):
+        elif plan.way == "torch.compile" and isinstance(input, Tensor):
             return _into(out, self._compile(plan, input))
-        return _into(out, self._eager(input))
+        if out is not None:
+            return _into(out, self._eager(input))
+        for layer in self._modules.values():
+            input = layer(input)
+        return input
 
     def _compile(self, plan: _Plan, input: Tensor) -> Tensor:
         if (
