@@ -499,9 +499,6 @@ def main() -> None:
         )
     with torch.no_grad():
         results = run(arguments)
-    console = Console(width=None if Console().is_terminal else 120)
-    for result in results:
-        console.print(table(result))
     if arguments.json:
         document = {
             "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
@@ -512,6 +509,9 @@ def main() -> None:
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
     if arguments.plot:
         plot(results, arguments.plot)
+    console = Console(width=None if Console().is_terminal else 120)
+    for result in results:
+        console.print(table(result))
 
 
 if __name__ == "__main__":
