@@ -360,8 +360,8 @@ def verdict(result: dict) -> str:
 def summary(results: list[dict]) -> str:
     """The verdicts as a table in Markdown."""
     lines = [
-        "| network | samples | fused, µs | best of the others | times as fast as it | with `out=` "
-        "| as the book's NumPy |",
+        "| network | samples | fused, µs | best of the others | times as fast as it "
+        "| the same with `out=` | times as fast as the book's NumPy |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in results:
@@ -473,7 +473,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these of torch's and ours")
     parser.add_argument("--rounds", type=int, help="default: by the number of samples, 7 to 100")
-    parser.add_argument("--widest", type=int, help="let kernels be wider than fuse would")
+    parser.add_argument("--widest", type=int, help="take kernels up to this width, and always")
     parser.add_argument("--layers", action="store_true", help="our layers beside torch's instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there")
@@ -483,7 +483,8 @@ def main() -> None:
     if arguments.samples is None:
         arguments.samples = [1, 300, 30_000, 3_000_000]
         arguments.samples += [100_000_000] if arguments.device != "cpu" else []
-    fused._WIDEST = arguments.widest or fused._WIDEST
+    if arguments.widest:
+        fused._WIDEST, fused._HEAVY = arguments.widest, sys.maxsize
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.parent.is_dir():
             parser.error(f"there is no directory {str(path.parent)!r}")

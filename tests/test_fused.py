@@ -35,8 +35,8 @@ def points():
 
 @pytest.fixture
 def no_kernel(monkeypatch, tmp_path):
-    """No C++ compiler, and nothing that one compiled before."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    """A C++ compiler that fails, and nothing that one compiled before."""
+    monkeypatch.setenv("CXX", "c++ -Dint=oops")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caches = (fused._compiler, fused.kernel, fused._warn, fused._compiled)
     for cache in caches:
@@ -218,6 +218,18 @@ def test_hooks_are_called_while_they_are_there(model, points):
         assert fused_model.formulation == "eager, since a layer has hooks"
         handle.remove()
         assert fused_model.formulation == "kernel"
+
+
+def test_global_hooks_see_every_layer(model, points):
+    seen = []
+    fused_model = fuse(model)
+    both(fused_model, points)
+    handle = nn.modules.module.register_module_forward_hook(lambda each, *_: seen.append(each))
+    with torch.no_grad():
+        fused_model(points)
+    handle.remove()
+    assert seen == [*model, fused_model]
+    assert fused_model.formulation == "kernel"
 
 
 def test_lazy_layers_are_fused_after_their_first_input(points):
@@ -426,16 +438,18 @@ def test_models_that_cannot_be_fused():
     )
 
 
-def test_without_a_compiler_there_is_one_warning(no_kernel, model, points):
-    with pytest.warns(RuntimeWarning, match=r"no C\+\+ kernel .*no-such-compiler") as caught:
+def test_without_a_compiler_there_is_one_warning(no_kernel, model, points, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler .*no-such-compiler") as caught:
         results = [both(fuse(each), points) for each in (model, lively(2, 6, 3))]
     assert len(caught) == 1
     assert all(torch.equal(got, expected) for got, expected in results)
-    assert fuse(model).formulation.startswith("torch.compile, since ")
+    assert fuse(model).formulation.startswith("eager, since ")
+    large = torch.randn(9000, 2)
+    assert torch.equal(*both(fuse(model), large))
 
 
-def test_a_failing_compiler_is_quoted(no_kernel, model, points, monkeypatch):
-    monkeypatch.setenv("CXX", "c++ -Dint=oops")
+def test_a_failing_compiler_is_quoted(no_kernel, model, points):
     with pytest.warns(RuntimeWarning, match=r"no C.. kernel .*error: expected"):
         got, expected = both(fuse(model), points)
     assert torch.equal(got, expected)
@@ -464,6 +478,7 @@ def test_and_where_that_fails_eager_torch(no_kernel, model, monkeypatch):
         got, expected = both(fuse(model), input)
     assert torch.equal(got, expected)
     assert len(caught) == 1
+    assert "torch.compile is used from 8000 samples on" in str(caught[0].message)
     assert fuse(model).formulation == "eager, since no compiler at all"
 
 

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 import warnings
@@ -22,6 +23,7 @@ from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_di
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional as F
+from torch.nn.modules import module as module_hooks
 from torch.utils.hooks import RemovableHandle
 
 from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
@@ -90,10 +92,16 @@ def kernel(chain: Chain, dtype: torch.dtype) -> Callable[..., int] | str:
     try:
         library = ctypes.PyDLL(str(_build(_definitions(chain, dtype))))
         exchange = torch.Tensor.__dlpack_c_exchange_api__
+    except FileNotFoundError as error:
+        _warn(f"no C++ compiler ({error}); eager torch is used. Install one, or name it in CXX")
+        return str(error)
     except (AttributeError, OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").splitlines()
         reason = next((line for line in said if "error" in line), str(error))
-        _warn(f"no C++ kernel ({reason}); torch.compile is used, or eager torch where that fails")
+        _warn(
+            f"no C++ kernel ({reason}); torch.compile is used from {_COMPILED} samples on, and "
+            "eager torch below and where that fails"
+        )
         return reason
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.argtypes, pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
@@ -325,7 +333,7 @@ class _Plan:
 
     def __init__(self, model: nn.Sequential) -> None:
         self.modules: list[tuple[dict[str, Any], list[Any]]] = []
-        self.hooked = False
+        self.hooked = any(getattr(module_hooks, f"_global{name}") for name in _HOOKS)
         self._note(model)
         self.handles = RemovableHandle.next_id
         self.way, self.reason, self.is_stale = "eager", "", False
@@ -373,7 +381,9 @@ class _Plan:
         else:
             function = kernel(self.chain, self.dtype)
             if isinstance(function, str):
-                self.way, self.reason = "torch.compile", function
+                # torch.compile takes long to find out that there is no compiler for it either.
+                there = shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0])
+                self.way, self.reason = "torch.compile" if there else "eager", function
             else:
                 self.way, self.function = "kernel", function
         if self.way == "torch.compile" and self.chain in _failures:
@@ -555,14 +565,14 @@ def fuse(model: nn.Module) -> Fused:
 
     The result is an `nn.Sequential` of the same layers, in the same dictionary: parameters, state
     dict, training, moves to another device or dtype, and layers that are replaced, are those of
-    `model`, and `fuse` need not be called again.
+    `model`, whichever of the two is changed, and `fuse` need not be called again.
 
-    Without gradients, on the CPU and up to 256 wide, a kernel in C++ computes the chain: compiled
-    once a network and dtype, in about a second, by the compiler that ``CXX`` names (``c++``), and
-    kept in ``~/.cache/torchnnfs``. On other devices `torch.compile` makes it one. Where gradients
-    are needed, under autocast, in `torch.func` and with hooks on a layer, the layers are called as
-    always. Inside `torch.compile` and `torch.export` the chain is one operation,
-    ``torchnnfs::chain``, which has a derivative.
+    Without gradients, on the CPU and up to 256 wide (inputs count too), a kernel in C++ computes
+    the chain: compiled once a network and dtype, in about a second, by the compiler that ``CXX``
+    names (``c++``), and kept in ``~/.cache/torchnnfs``. On other devices `torch.compile` makes it
+    one. Where gradients are needed, under autocast, in `torch.func` and with hooks on a layer, the
+    layers are called as always, whatever `formulation` says. Inside `torch.compile` and
+    `torch.export` the chain is one operation, ``torchnnfs::chain``, which has a derivative.
 
     Args:
         model: an `nn.Sequential`, also nested, of `Dense`, `ReLU` and `Softmax` or torch's own, or
@@ -586,7 +596,7 @@ def fuse(model: nn.Module) -> Fused:
 
     Warns:
         RuntimeWarning: once, where the compiler is missing or fails; `torch.compile` takes its
-            place from 8000 samples on, or eager torch.
+            place from 8000 samples on, or eager torch, which also takes it below.
 
     Example:
         >>> model = nn.Sequential(Dense(2, 3), ReLU(), Dense(3, 3), Softmax())
