@@ -494,6 +494,14 @@ def test_kernels_are_kept(model, tmp_path, monkeypatch):
     assert other != first
 
 
+def test_a_damaged_kernel_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    chain = fuse(lively(2, 11, 3))._current().chain
+    fused._build(fused._definitions(chain, torch.float32)).write_bytes(b"no library")
+    fused.kernel.cache_clear()
+    assert callable(fused.kernel(chain, torch.float32))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
 def test_no_memory_but_input_and_output():
     """At most 10 percent more, in a process of its own, whose peak no other test has seen."""

@@ -90,7 +90,12 @@ def _directory() -> Path:
 def kernel(chain: Chain, dtype: torch.dtype) -> Callable[..., int] | str:
     """The compiled ``forward`` of fused.cpp for a chain, or why there is none, after a warning."""
     try:
-        library = ctypes.PyDLL(str(_build(_definitions(chain, dtype))))
+        path = _build(_definitions(chain, dtype))
+        try:
+            library = ctypes.PyDLL(str(path))
+        except OSError:  # a damaged file
+            path.unlink()
+            library = ctypes.PyDLL(str(_build(_definitions(chain, dtype))))
         exchange = torch.Tensor.__dlpack_c_exchange_api__
     except FileNotFoundError as error:
         _warn(f"no C++ compiler ({error}); eager torch is used. Install one, or name it in CXX")
