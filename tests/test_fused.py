@@ -403,6 +403,32 @@ def test_an_out_that_does_not_fit(model, points, out, error, match):
         fuse(model)(points, out=out)
 
 
+def test_out_that_autograd_has_saved(model, points):
+    weight, out = torch.randn(300, 3, requires_grad=True), torch.randn(300, 3)
+    loss = (weight * out).sum()
+    with torch.no_grad():
+        fuse(model)(points, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_out_that_is_a_parameter():
+    model = lively(3, 128, 3)[:-1]
+    input = torch.randn(128, 3)
+    with torch.no_grad():
+        expected = model(input)
+        fuse(model)(input, out=model[0].weight)
+    torch.testing.assert_close(model[0].weight.detach(), expected)
+
+
+def test_memory_that_was_given_back(model, points):
+    fused_model = fuse(model)
+    both(fused_model, points)
+    points.untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        fused_model(points)
+
+
 def test_out_has_no_gradient(model, points):
     with pytest.raises(RuntimeError, match=r"call it under torch.no_grad\(\)"):
         fuse(model)(points, out=torch.empty(300, 3))
@@ -496,9 +522,8 @@ def test_kernels_are_kept(model, tmp_path, monkeypatch):
 
 def test_a_damaged_kernel_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    chain = fuse(lively(2, 11, 3))._current().chain
+    chain = fused.Chain((2, 11, 3), (True, True), (True, False), True)
     fused._build(fused._definitions(chain, torch.float32)).write_bytes(b"no library")
-    fused.kernel.cache_clear()
     assert callable(fused.kernel(chain, torch.float32))
 
 

@@ -161,6 +161,7 @@ Object* PyUnicode_InternFromString(const char*);
 Object* PyObject_Type(Object*);
 Object* PyLong_FromLong(long);
 long PyLong_AsLong(Object*);
+void Py_IncRef(Object*);
 void Py_DecRef(Object*);
 void PyErr_Clear();
 Object* PyEval_SaveThread();
@@ -177,6 +178,9 @@ static bool look(Object* object, DLTensor& tensor) {
     if (type != tensor_type && type != parameter_type) return false;
     if (api->dltensor_from_py_object_no_sync(object, &tensor)) return PyErr_Clear(), false;
     constexpr int code = std::is_same_v<Scalar, bfloat16> ? kDLBfloat : kDLFloat;
+    int64_t size = 1;
+    for (int d = 0; d < tensor.ndim; ++d) size *= tensor.shape[d];
+    if (size && !tensor.data) return false;  // its memory was given back
     return tensor.device.device_type == kDLCPU && tensor.dtype.code == code &&
            tensor.dtype.bits == 8 * sizeof(Scalar) && tensor.dtype.lanes == 1;
 }
@@ -204,6 +208,7 @@ enum Outcome { DONE, DECLINED, STRIDED, CHANGED };
 static Outcome forward(Object* const* arguments) {
     int64_t cost = SOFTMAX * 16 * OUTPUTS;  // products a sample; an exponential is like 16
     const Scalar* parameters[2 * LAYERS];
+    Object* held_objects[2 * LAYERS];
     for (int layer = 0; layer < LAYERS; ++layer) {
         Object* held = PyTuple_GetItem(arguments[3], layer);
         Object *weight = PyDict_GetItem(held, names[0]), *bias = PyDict_GetItem(held, names[1]);
@@ -214,6 +219,7 @@ static Outcome forward(Object* const* arguments) {
         if (BIAS[layer] && (!bias || !look(bias, b) || b.ndim != 1 || !contiguous(b))) return CHANGED;
         if (BIAS[layer] && b.shape[0] != WIDTH[layer + 1]) return CHANGED;
         parameters[2 * layer] = data(w), parameters[2 * layer + 1] = BIAS[layer] ? data(b) : nullptr;
+        held_objects[2 * layer] = weight, held_objects[2 * layer + 1] = bias;
         cost += int64_t(WIDTH[layer]) * WIDTH[layer + 1];
     }
     DLTensor input, output;
@@ -226,13 +232,19 @@ static Outcome forward(Object* const* arguments) {
     const Scalar *x = data(input), *x_end = x + size(input);
     Scalar *y = data(output), *y_end = y + size(output);
     if (x < y_end && y < x_end) return DECLINED;  // they overlap
+    for (int p = 0; p < 2 * LAYERS; ++p) {  // so do output and a parameter
+        const int64_t count = int64_t(WIDTH[p / 2 + 1]) * (p % 2 ? 1 : WIDTH[p / 2]);
+        if (parameters[p] && parameters[p] < y_end && y < parameters[p] + count) return DECLINED;
+    }
     const int64_t samples = (x_end - x) / INPUTS;
     if (samples * cost < 1 << 18) {  // too little to wake another thread for
         compute(parameters, x, y, samples, 1);
     } else {
+        for (Object* each : held_objects) Py_IncRef(each);  // others may replace them meanwhile
         Object* state = PyEval_SaveThread();
         compute(parameters, x, y, samples, PyLong_AsLong(arguments[2]));
         PyEval_RestoreThread(state);
+        for (Object* each : held_objects) Py_DecRef(each);
     }
     return DONE;
 }

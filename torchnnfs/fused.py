@@ -19,8 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled, nn
-from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch._C import (
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _is_torch_function_mode_enabled,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules import module as module_hooks
@@ -100,7 +106,7 @@ def kernel(chain: Chain, dtype: torch.dtype) -> Callable[..., int] | str:
     except FileNotFoundError as error:
         _warn(f"no C++ compiler ({error}); eager torch is used. Install one, or name it in CXX")
         return str(error)
-    except (AttributeError, OSError, subprocess.SubprocessError) as error:
+    except (AttributeError, OSError, ValueError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").splitlines()
         reason = next((line for line in said if "error" in line), str(error))
         _warn(
@@ -139,6 +145,8 @@ def _build(definitions: list[str]) -> Path:
             made = Path(scratch, "kernel.so")
             command += ["-", "-o", str(made)]
             subprocess.run(command, input=source, capture_output=True, check=True, timeout=600)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
             made.replace(library)  # whole or not at all, also when others make it at the same time
     return library
 
@@ -217,7 +225,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     layers = list(zip(values, _pairs(parameters, biases), relus, strict=True))
     for x, (weight, bias), relu in reversed(layers):
         if relu:
-            grad = grad * (output > 0)
+            grad = grad.masked_fill(output <= 0, 0)
         rows = grad.reshape(-1, grad.shape[-1])
         if bias is not None:
             grads.append(rows.sum(0))
@@ -371,12 +379,17 @@ class _Plan:
         products = sum(a * b for a, b in itertools.pairwise(self.chain.widths))
         self.least = _TILE * self.chain.widths[0] if products > _HEAVY else 0
         tensors = [each for held in self.parameters for each in held.values() if each is not None]
-        self.dtype, self.device = tensors[0].dtype, tensors[0].device
-        if self.dtype not in _TYPES or not all(
-            type(each) in (Tensor, nn.Parameter)
-            and (each.dtype, each.device) == (self.dtype, self.device)
-            and each.is_contiguous()
-            for each in tensors
+        first = network.dense[0].weight
+        self.dtype, self.device = first.dtype, first.device
+        if (
+            len(tensors) != len(network.parameters())
+            or self.dtype not in _TYPES
+            or not all(
+                type(each) in (Tensor, nn.Parameter)
+                and (each.dtype, each.device) == (self.dtype, self.device)
+                and each.is_contiguous()
+                for each in tensors
+            )
         ):
             self.reason = "its parameters are no plain tensors of one device and dtype"
         elif self.device.type not in ("cpu", "meta"):
@@ -387,7 +400,7 @@ class _Plan:
             function = kernel(self.chain, self.dtype)
             if isinstance(function, str):
                 # torch.compile takes long to find out that there is no compiler for it either.
-                there = shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0])
+                there = shutil.which(os.environ.get("CXX", "c++").split()[0])
                 self.way, self.reason = "torch.compile" if there else "eager", function
             else:
                 self.way, self.function = "kernel", function
@@ -401,13 +414,13 @@ class _Plan:
         for modules, layers in self.modules:
             if [*modules.values()] != layers:
                 return False
+        if [*map(type, self.layers)] != self.kinds:
+            return False
         if self.way != "kernel" and not self._stays():
             return False
         return self.softmax is None or self.softmax.dim == self.dim
 
     def _stays(self) -> bool:
-        if [*map(type, self.layers)] != self.kinds:
-            return False
         for held, weight in self.weights:
             if held.get("weight") is not weight or weight.dtype is not self.dtype:
                 return False
@@ -421,6 +434,8 @@ class _Plan:
             or _is_watched()
             or (self.dim != -1 and self.dim != input.ndim - 1)
             or (self.least and input.numel() < self.least)
+            or input.is_neg()
+            or (out is not None and not _can_be_written(out))
         ):
             return None
         if out is None:
@@ -429,6 +444,8 @@ class _Plan:
                 out = input.new_empty(shape[0], self.outputs)
             else:
                 out = input.new_empty(*shape[:-1], self.outputs)
+        else:
+            increment_version(out)  # autograd is to know that what it may have saved is gone
         said = self.function(input, out, get_num_threads(), self.parameters)
         if said == STRIDED:
             said = self.function(input.contiguous(), out, get_num_threads(), self.parameters)
@@ -450,8 +467,14 @@ def _is_watched() -> bool:
         forward_ad._current_level >= 0
         or _len_torch_dispatch_stack() > 0
         or _is_any_autocast_enabled()
+        or _is_torch_function_mode_enabled()
         or _get_tracing_state() is not None
     )
+
+
+def _can_be_written(out: Tensor) -> bool:
+    """Whether a kernel may write there unasked; else `Tensor.copy_` says what is to be said."""
+    return type(out) is Tensor and not (out.requires_grad or out.is_inference() or out.is_neg())
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:
@@ -524,6 +547,7 @@ class Fused(nn.Sequential):
             or input.shape[-1:] != plan.chain.widths[:1]
             or plan.dim not in (-1, input.ndim - 1)
             or (input.is_cpu and input.numel() < _COMPILED * input.shape[-1])
+            or plan.chain.biases != tuple(each.bias is not None for each in plan.network.dense)
             or _is_watched()
         ):
             return self._eager(input)
