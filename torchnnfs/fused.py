@@ -504,6 +504,17 @@ class Fused(nn.Sequential):
     """What `fuse` gives; see there."""
 
     _plan: _Plan | None = None
+    _origin: list[nn.Sequential] = []  # noqa: RUF012  # in a list, so that it is no submodule
+
+    def __delitem__(self, index: slice | int) -> None:
+        super().__delitem__(index)
+        for model in self._origin:
+            model._modules = self._modules  # torch makes a new dictionary of what is left
+
+    def _follow(self) -> None:
+        for model in self._origin:
+            if self._modules is not model._modules:
+                self._modules = model._modules
 
     @property
     def formulation(self) -> str:
@@ -515,6 +526,7 @@ class Fused(nn.Sequential):
         return f"formulation: {self.formulation}"
 
     def _current(self) -> _Plan:
+        self._follow()
         plan = self._plan
         if plan is None or not plan.holds():
             plan = self._plan = _Plan(self)
@@ -523,6 +535,7 @@ class Fused(nn.Sequential):
     def forward(self, input: Tensor, out: Tensor | None = None) -> Tensor:  # noqa: D102
         if is_compiling():
             return _into(out, self._traced(input))
+        self._follow()
         plan = self._plan
         if plan is None or not plan.holds():
             plan = self._plan = _Plan(self)
@@ -651,5 +664,6 @@ def fuse(model: nn.Module) -> Fused:
         return Fused(model)
     fused = Fused()
     fused._modules = model._modules  # one dictionary, so that a change of one is one of both
+    fused._origin = [model]
     fused.training = model.training
     return fused
