@@ -197,6 +197,7 @@ CHANGES = {
     "pruned": (lambda model: prune.random_unstructured(model[2], "weight", 0.5), "eager"),
     "another kind": (lambda model: model.insert(1, nn.Dropout(0.0)), "eager"),
     "wide": (lambda model: model.insert(0, Dense(2, 300)).insert(1, Dense(300, 2)), "eager"),
+    "another class": (lambda model: setattr(model[1], "__class__", nn.Tanh), "eager"),
     "nested": (lambda model: model.__setitem__(0, nn.Sequential(model[0])), "kernel"),
 }
 
@@ -301,6 +302,8 @@ TRANSFORMATIONS = {
     "inference mode": lambda f, x: torch.inference_mode()(f)(x).clone(),
     "make_fx": lambda f, x: torch.fx.experimental.proxy_tensor.make_fx(f)(x)(2 * x),
     "default device": lambda f, x: on_meta(f, x),
+    "function mode": lambda f, x: doubled(f, x),
+    "negative bit": lambda f, x: f(torch._neg_view(x)),
 }
 
 
@@ -310,6 +313,18 @@ def forward_mode(model, x):
     with torch.no_grad(), forward_ad.dual_level():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
         return forward_ad.unpack_dual(model(dual)).tangent.clone()
+
+
+def doubled(model, x):
+    from torch.overrides import TorchFunctionMode
+
+    class Doubled(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            return 2 * result if function is nn.functional.linear else result
+
+    with Doubled(), torch.no_grad():
+        return model(x)
 
 
 def on_meta(model, x):
@@ -380,6 +395,15 @@ def test_the_operation_is_a_good_citizen_of_torch(softmax, biases):
         torch.library.opcheck(torch.ops.torchnnfs.chain.default, arguments)
         assert torch.autograd.gradcheck(call, (x, *parameters))
         assert torch.autograd.gradgradcheck(call, (x, *parameters))
+
+
+def test_infinite_gradients_of_dead_neurons():
+    weight = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    input = torch.ones(3, 2, requires_grad=True)
+    output = torch.ops.torchnnfs.chain(input, [weight], [False], [True], False)
+    output.backward(torch.full_like(output, float("inf")))
+    assert torch.equal(weight.grad, torch.zeros(1, 2))
+    assert torch.equal(input.grad, torch.zeros(3, 2))
 
 
 def test_out(model, points):
@@ -475,7 +499,8 @@ def test_models_that_cannot_be_fused():
         fuse(nn.Sequential())
     assert fuse(Dense(2, 3)).formulation == "kernel"
     assert (
-        fuse(nn.Sequential(ReLU(), Dense(2, 3))).formulation == "eager, since ReLU is out of order"
+        fuse(nn.Sequential(ReLU(), Dense(2, 3))).formulation
+        == "eager, since ReLU breaks the order Dense, ReLU, ..., Softmax"
     )
 
 

@@ -171,6 +171,12 @@ void PyEval_RestoreThread(Object*);
 static const DLPackExchangeAPI* api;
 static Object *tensor_type, *parameter_type, *none, *names[2];
 
+static int64_t size(const DLTensor& tensor) {
+    int64_t count = 1;
+    for (int d = 0; d < tensor.ndim; ++d) count *= tensor.shape[d];
+    return count;
+}
+
 // What a tensor is, if it is a plain one on the CPU and of our type; no subclass, no wrapper.
 static bool look(Object* object, DLTensor& tensor) {
     Object* type = PyObject_Type(object);
@@ -178,20 +184,12 @@ static bool look(Object* object, DLTensor& tensor) {
     if (type != tensor_type && type != parameter_type) return false;
     if (api->dltensor_from_py_object_no_sync(object, &tensor)) return PyErr_Clear(), false;
     constexpr int code = std::is_same_v<Scalar, bfloat16> ? kDLBfloat : kDLFloat;
-    int64_t size = 1;
-    for (int d = 0; d < tensor.ndim; ++d) size *= tensor.shape[d];
-    if (size && !tensor.data) return false;  // its memory was given back
+    if (!tensor.data && size(tensor)) return false;  // its memory was given back
     return tensor.device.device_type == kDLCPU && tensor.dtype.code == code &&
            tensor.dtype.bits == 8 * sizeof(Scalar) && tensor.dtype.lanes == 1;
 }
 
 static Scalar* data(const DLTensor& tensor) { return (Scalar*)((char*)tensor.data + tensor.byte_offset); }
-
-static int64_t size(const DLTensor& tensor) {
-    int64_t count = 1;
-    for (int d = 0; d < tensor.ndim; ++d) count *= tensor.shape[d];
-    return count;
-}
 
 static bool contiguous(const DLTensor& tensor) {
     int64_t stride = 1;
@@ -208,7 +206,7 @@ enum Outcome { DONE, DECLINED, STRIDED, CHANGED };
 static Outcome forward(Object* const* arguments) {
     int64_t cost = SOFTMAX * 16 * OUTPUTS;  // products a sample; an exponential is like 16
     const Scalar* parameters[2 * LAYERS];
-    Object* held_objects[2 * LAYERS];
+    Object* owners[2 * LAYERS];
     for (int layer = 0; layer < LAYERS; ++layer) {
         Object* held = PyTuple_GetItem(arguments[3], layer);
         Object *weight = PyDict_GetItem(held, names[0]), *bias = PyDict_GetItem(held, names[1]);
@@ -219,7 +217,7 @@ static Outcome forward(Object* const* arguments) {
         if (BIAS[layer] && (!bias || !look(bias, b) || b.ndim != 1 || !contiguous(b))) return CHANGED;
         if (BIAS[layer] && b.shape[0] != WIDTH[layer + 1]) return CHANGED;
         parameters[2 * layer] = data(w), parameters[2 * layer + 1] = BIAS[layer] ? data(b) : nullptr;
-        held_objects[2 * layer] = weight, held_objects[2 * layer + 1] = bias;
+        owners[2 * layer] = weight, owners[2 * layer + 1] = bias;
         cost += int64_t(WIDTH[layer]) * WIDTH[layer + 1];
     }
     DLTensor input, output;
@@ -240,11 +238,12 @@ static Outcome forward(Object* const* arguments) {
     if (samples * cost < 1 << 18) {  // too little to wake another thread for
         compute(parameters, x, y, samples, 1);
     } else {
-        for (Object* each : held_objects) Py_IncRef(each);  // others may replace them meanwhile
+        for (Object* each : owners) Py_IncRef(each);  // others may replace them meanwhile
+        const int threads = PyLong_AsLong(arguments[2]);
         Object* state = PyEval_SaveThread();
-        compute(parameters, x, y, samples, PyLong_AsLong(arguments[2]));
+        compute(parameters, x, y, samples, threads);
         PyEval_RestoreThread(state);
-        for (Object* each : held_objects) Py_DecRef(each);
+        for (Object* each : owners) Py_DecRef(each);
     }
     return DONE;
 }

@@ -198,13 +198,7 @@ def chain(
 
 
 @chain.register_fake
-def _(
-    input: Tensor,
-    parameters: Sequence[Tensor],
-    biases: Sequence[bool],
-    relus: Sequence[bool],
-    softmax: bool,
-) -> Tensor:
+def _(input: Tensor, parameters: Sequence[Tensor], biases: Sequence[bool], *_: Any) -> Tensor:
     return input.new_empty(*input.shape[:-1], _pairs(parameters, biases)[-1][0].shape[0])
 
 
@@ -281,7 +275,7 @@ def _network(layers: list[nn.Module]) -> _Network | str:
         if _is_hooked(layer):
             return _HOOKED
         if softmax is not None or not (dense or isinstance(layer, nn.Linear)):
-            return f"{type(layer).__name__} is out of order"
+            return f"{type(layer).__name__} breaks the order Dense, ReLU, ..., Softmax"
         if isinstance(layer, nn.Linear):
             dense.append(layer)
             relus.append(False)
@@ -395,7 +389,7 @@ class _Plan:
         elif self.device.type not in ("cpu", "meta"):
             self.way = "torch.compile"
         elif max(self.chain.widths) > _WIDEST:
-            self.reason = f"a layer is wider than {_WIDEST}"
+            self.reason = f"the input or a layer is wider than {_WIDEST}"
         else:
             function = kernel(self.chain, self.dtype)
             if isinstance(function, str):
@@ -550,7 +544,7 @@ class Fused(nn.Sequential):
             return _into(out, self._compile(plan, input))
         if out is not None:
             return _into(out, self._eager(input))
-        for layer in self._modules.values():
+        for layer in self._modules.values():  # as nn.Sequential does, without another call
             input = layer(input)
         return input
 
