@@ -1,0 +1,47 @@
+"""One home for each kind of layer: formula, bound, gradients and broken copies. No torch here.
+
+The arguments of every function are named as torch names the attributes of the layer (`weight`,
+`bias`, `dim`, ...): that is how `torchnnfs.testing.models` reads them off. Arrays are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torchnnfs.testing.precision import Array
+
+#: From a layer's input to its output: ``forward(x, **arguments)``.
+Forward = Callable[..., Array]
+
+#: Exact gradients and how far computed ones may stray: by "input", "weight", "bias".
+Gradients = dict[str, tuple[Array, Array]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """All that is known of one kind of layer.
+
+    Attributes:
+        name: of the formula, for people.
+        forward: ``forward(x, **arguments)``: the formula, in the precision of its arrays.
+        bound: ``bound(x, error, precision, **arguments)``: how far a computed output may stray from
+            ``forward(x)`` when the input has the elementwise absolute error `error`. What is summed
+            in which order, with or without fused multiply-add, makes no difference. None where no
+            proof is at hand: then it is estimated.
+        backward: ``backward(x, y, g, precision, **arguments)``: the gradients of the loss from the
+            layer's input x, its computed output y and the gradient g that reaches y.
+        controls: formulas that are wrong, by what is wrong: ``wrong(x, **arguments)``. None as a
+            result: these arguments cannot be broken in this way.
+        honest: ``honest(x, precision, **arguments)``: errors of plain computations in that
+            precision, for the excess; None where correct computations vary too much for it.
+        eval_only: whether the formula is that of eval mode alone.
+    """
+
+    name: str
+    forward: Forward
+    bound: Callable[..., Array] | None = None
+    backward: Callable[..., Gradients] | None = None
+    controls: Mapping[str, Callable[..., Array | None]] = field(default_factory=dict)
+    honest: Callable[..., Array] | None = None
+    eval_only: bool = False
