@@ -34,10 +34,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from torchnnfs.testing.bounds import PRECISIONS, dense
 
 from torchnnfs import Dense, ReLU, Softmax, classifier, compare, spiral
 from torchnnfs.testing import Candidate, Comparison
-from torchnnfs.testing.bounds import PRECISIONS, dense
 from torchnnfs.testing.candidates import DTYPES, KINDS, choose
 from torchnnfs.testing.controls import BREAKS
 from torchnnfs.testing.environment import describe

@@ -14,11 +14,11 @@ import torch
 from nnfs.datasets import spiral_data
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torchnnfs.testing.bounds import PRECISIONS
 
 from torchnnfs import Dense, ReLU, Softmax, book, book_numpy, classifier, compare, spiral
 from torchnnfs.book import Activation_ReLU, Activation_Softmax, Layer_Dense
 from torchnnfs.testing import Candidate, bounds
-from torchnnfs.testing.bounds import PRECISIONS
 
 ROOT = Path(__file__).parents[1]
 

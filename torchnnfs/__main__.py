@@ -31,7 +31,7 @@ from torchnnfs.testing.comparison import Comparison, compare
 from torchnnfs.testing.files import check_writable, write_whole
 from torchnnfs.testing.page import compute as compute_page
 from torchnnfs.testing.page import show as show_page
-from torchnnfs.testing.report import as_markdown, show
+from torchnnfs.testing.report import show
 
 AGREES, DISAGREES, USAGE, MISSING = 0, 1, 2, 3
 
@@ -211,7 +211,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     dtypes = [DTYPES[name] for name in dict.fromkeys(arguments.dtype)]
     render: dict[str, Callable[[Comparison], bytes]] = {
         "json": lambda comparison: f"{comparison.to_json()}\n".encode(),
-        "markdown": lambda comparison: as_markdown(comparison).encode(),
+        "markdown": lambda comparison: comparison.to_markdown().encode(),
         "html": lambda comparison: html.page(comparison).encode(),
         "plot": lambda comparison: plot.render(comparison, _kind(arguments.plot)),
     }

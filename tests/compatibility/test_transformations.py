@@ -16,11 +16,11 @@ import torch
 from torch import fx, nn
 from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
+from torchnnfs.testing.bounds import PRECISIONS
+from torchnnfs.testing.twins import twin_of
 
 from torchnnfs import Dense, ReLU, Softmax
 from torchnnfs.modules import to_torch
-from torchnnfs.testing.bounds import PRECISIONS
-from torchnnfs.testing.twins import twin_of
 
 # torch 2.13 deprecates its scripting, which its compiler and its forward derivatives still use.
 SCRIPTING = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

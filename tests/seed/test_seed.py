@@ -7,10 +7,10 @@ to be that rounding and what the bounds give for both sides, no more.
 import numpy as np
 import pytest
 import torch
+from torchnnfs.testing.bounds import PRECISIONS
 
 from torchnnfs import Dense, ReLU, Softmax, classifier, spiral
 from torchnnfs.testing import assert_agrees, bounds, reference
-from torchnnfs.testing.bounds import PRECISIONS
 
 DIGITS = 0.5e-8
 FLOAT64 = PRECISIONS["float64"]

@@ -5,9 +5,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torchnnfs.testing.bounds import PRECISIONS
 
 from torchnnfs.testing import bounds, reference
-from torchnnfs.testing.bounds import PRECISIONS
 
 RNG = np.random.RandomState(3)
 FLOAT32 = PRECISIONS["float32"]

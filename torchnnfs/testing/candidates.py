@@ -1,37 +1,78 @@
-"""Who is judged: each way of computing a model, in a few lines."""
+"""Phase 1: whatever computes a model gives a trace of what came out at which place."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torchnnfs.fused import fuse
-from torchnnfs.testing.reference import Array
-from torchnnfs.testing.twins import chain_paths, find_layers, is_chain, to_numpy, twin_of
+from torchnnfs.testing.models import (
+    arguments_of,
+    borrowed,
+    call,
+    cast,
+    convert,
+    copied,
+    layer_of,
+    leaves,
+    split,
+    to_numpy,
+    walk,
+)
 
 
-class Call(NamedTuple):
-    """One call of one layer: what went in and what came out, exactly, as float64 arrays."""
+@dataclass(frozen=True)
+class Call:
+    """One call of one module: what went in and what came out, exactly, as arrays.
+
+    Attributes:
+        path: of the module in the model.
+        kind: the name of its type.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        output: its result; tuples, lists and dictionaries of arrays as well.
+    """
 
     path: str
     kind: str
-    input: Array
-    output: Array
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def input(self) -> Any:
+        """The first argument: all that a layer with a formula takes."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
 
 
-class Trace(NamedTuple):
-    """What a candidate showed: the calls of the layers, as far as it shows them, and the result."""
+@dataclass(frozen=True)
+class Trace:
+    """What a candidate showed.
 
-    calls: list[Call]
-    output: Array
+    Attributes:
+        name: the candidate's.
+        device: where it computed.
+        dtype: what it computed in, as NumPy spells it.
+        calls: the calls of the places that it shows, in order.
+        output: the result; tuples, lists and dictionaries of arrays as well.
+        again: the result of a second run; None where there was none.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    calls: tuple[Call, ...]
+    output: Any
+    again: Any = None
 
 
 #: The dtypes that can be judged, by name.
@@ -52,49 +93,86 @@ class Candidate:
             "exported" `torch.export`, "onnx" `torch.onnx.export` run by ONNX Runtime, "jax"
             jax.numpy under jit on the same parameters, and "numpy" the book's NumPy in float32.
         device: where it computes; "onnx", "jax" and "numpy" are on the CPU here.
-        dtype: what parameters and input are cast to first.
+        dtype: what parameters and input are cast to first; None: the model's own dtype (float32
+            for "numpy").
     """
 
     name: str = "eager"
     device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
             raise ValueError(f"unknown candidate {self.name!r}; known are {', '.join(KINDS)}")
         kind = KINDS[self.name]
-        if self.dtype not in [DTYPES[name] for name in kind.dtypes]:
+        if self.dtype is not None and self.dtype not in [DTYPES[name] for name in kind.dtypes]:
             raise ValueError(f"{self.name} computes in {', '.join(kind.dtypes)}, got {self.dtype}")
         if torch.device(self.device).type == "meta":
             raise ValueError("candidates compute numbers, which the meta device does not have")
         if not kind.anywhere and torch.device(self.device).type != "cpu":
             raise ValueError(f"{self.name} computes on the CPU here, got {self.device}")
 
-    @property
-    def dtype_name(self) -> str:
-        """The dtype as NumPy spells it."""
-        return str(self.dtype).removeprefix("torch.")
+    def run(
+        self,
+        model: nn.Module,
+        input: Any,
+        extra: Sequence[str] = (),
+        broken: Mapping[str, Formula] | None = None,
+    ) -> Trace:
+        """Compute the model twice, and watch its places and the modules at `extra` paths.
+
+        Where `broken` names a place, its formula takes the place of the module, and the model is
+        computed once.
+
+        Raises:
+            ValueError: the candidate cannot compute this model, and why.
+        """
+        kind, dtype = KINDS[self.name], self.dtype or torch.float32
+        modules = {place.path: place.module for place in walk(model)} if kind.shows else {}
+        modules |= {path: model.get_submodule(path) for path in extra if kind.shows and path}
+        calls: list[Call] = []
+        with warnings.catch_warnings(), torch.no_grad(), np.errstate(all="ignore"):
+            if not kind.shows:  # compilers and exporters warn of what they use themselves
+                warnings.simplefilter("ignore")
+            try:
+                with kind.build(model, cast(input, self.device, dtype), self.device, dtype) as run:
+                    with replaced(model, broken or {}), watched(modules, calls):
+                        output = _arrays(call(run, cast(input, self.device, dtype)))
+                    again = None
+                    if broken is None:
+                        again = _arrays(call(run, cast(input, self.device, dtype)))
+            except Exception as error:
+                if kind.shows:
+                    raise  # the model's own error says more than we could
+                words = " ".join(str(error).split())[:300]
+                raise ValueError(f"{self.name} cannot compute this model: {words}") from error
+        return Trace(self.name, str(self.device), dtype_name(dtype), tuple(calls), output, again)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as NumPy spells it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _arrays(output: Any) -> Any:
+    arrays = convert(output, Tensor, to_numpy)
+    if not leaves(arrays):
+        raise TypeError(
+            "compare expects a model whose output is a tensor, or tensors in tuples, lists and "
+            f"dictionaries, got {type(output).__name__}"
+        )
+    return arrays
 
 
 class MissingExtraError(ImportError):
     """A candidate was asked for by name whose packages are not installed."""
 
 
-def missing(name: str) -> str | None:
-    """What the candidate `name` lacks and how to get it, in one line, or None."""
-    kind = KINDS[name]
-    absent = [package for package in kind.packages if importlib.util.find_spec(package) is None]
-    if not absent:
-        return None
-    return f"{name} needs {', '.join(absent)}: pip install 'torchnnfs[{kind.extra}]'"
-
-
 def devices_here() -> list[torch.device]:
     """The CPU and every accelerator of this machine."""
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return [torch.device("cpu")]
-    accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None
     count = torch.accelerator.device_count()
     return [torch.device("cpu"), *(torch.device(accelerator.type, i) for i in range(count))]
 
@@ -102,7 +180,7 @@ def devices_here() -> list[torch.device]:
 def choose(
     names: Sequence[str],
     devices: Sequence[torch.device] | None = None,
-    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    dtypes: Sequence[torch.dtype | None] = (None,),
 ) -> list[Candidate]:
     """The candidates of these names on each device and in each dtype where that makes sense.
 
@@ -115,14 +193,16 @@ def choose(
     for name in dict.fromkeys(names):
         if name not in KINDS:
             raise ValueError(f"unknown candidate {name!r}; known are {', '.join(KINDS)}")
-        lack = missing(name)
-        if lack:
-            raise MissingExtraError(lack)
+        kind = KINDS[name]
+        absent = [each for each in kind.packages if importlib.util.find_spec(each) is None]
+        if absent:
+            needs = f"{name} needs {', '.join(absent)}"
+            raise MissingExtraError(f"{needs}: pip install 'torchnnfs[{name}]'")
         if name == "numpy":
             chosen.append(Candidate("numpy"))  # the book's NumPy knows float32 only
             continue
-        kind = KINDS[name]
-        known = [dtype for dtype in dtypes if dtype in [DTYPES[each] for each in kind.dtypes]]
+        allowed = [None, *(DTYPES[each] for each in kind.dtypes)]
+        known = [dtype for dtype in dtypes if dtype in allowed]
         if not known:
             raise ValueError(f"{name} computes in {', '.join(kind.dtypes)} alone")
         places = devices if kind.anywhere else [torch.device("cpu")]
@@ -130,151 +210,206 @@ def choose(
     return chosen
 
 
-def watch(model: nn.Module, input: Tensor, after: Callable[..., Tensor | None]) -> Tensor:
-    """Run `model`, and `after(path, layer, input, output)` behind each call of each layer.
+def resolved(candidate: Candidate, own: torch.dtype) -> Candidate:
+    """The candidate with a dtype: its own choice, or `own`."""
+    if candidate.dtype is not None:
+        return candidate
+    return replace(candidate, dtype=torch.float32 if candidate.name == "numpy" else own)
 
-    What `after` returns, if anything, takes the place of the output.
+
+def _before(path: str, function: Callable[..., object]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        function(path, args, kwargs)
+
+    return hook
+
+
+@contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module],
+    before: Callable[..., object],
+    after: Callable[..., Any],
+) -> Iterator[None]:
+    """``before(path, args, kwargs)`` and ``after(path, module, output)`` around each call.
+
+    What `after` returns, unless it is None, takes the place of the output.
     """
     handles = []
     try:
-        for path, layer in find_layers(model).items():
-            received: list[Tensor] = []
-
-            # The input is copied before the call, for the layer may work in place.
-            def before(
-                layer: nn.Module,
-                args: tuple[Any, ...],
-                keywords: dict[str, Any],
-                received: list[Tensor] = received,
-            ) -> None:
-                given: Tensor = args[0] if args else next(iter(keywords.values()))
-                received.append(given.detach().clone())
-
-            def behind(
-                layer: nn.Module,
-                args: tuple[Any, ...],
-                output: Tensor,
-                path: str = path,
-                received: list[Tensor] = received,
-            ) -> Tensor | None:
-                return after(path, layer, received.pop(), output)
-
-            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(layer.register_forward_hook(behind))
-        with torch.no_grad():
-            output = model(input)
-        if not isinstance(output, Tensor):
-            kind = type(output).__name__
-            raise TypeError(f"compare expects a model whose output is a tensor, got {kind}")
-        return output
+        for path, module in modules.items():
+            handles += [
+                module.register_forward_pre_hook(_before(path, before), with_kwargs=True),
+                module.register_forward_hook(
+                    lambda module, args, output, path=path: after(path, module, output)
+                ),
+            ]
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _eager(model: nn.Module, input: Tensor) -> Trace:
-    calls: list[Call] = []
+@contextmanager
+def watched(modules: Mapping[str, nn.Module], calls: list[Call]) -> Iterator[None]:
+    """Append each call of each module to `calls`, in the order of their ends."""
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def after(path: str, layer: nn.Module, received: Tensor, output: Tensor) -> None:
-        calls.append(Call(path, type(layer).__name__, to_numpy(received), to_numpy(output)))
+    # The input is copied before the call, for the layer may work in place.
+    def before(path: str, args: Any, kwargs: Any) -> None:
+        given.append((convert(args, Tensor, to_numpy), convert(kwargs, Tensor, to_numpy)))
 
-    output = watch(model, input, after)
-    return Trace(calls, to_numpy(output))
+    def after(path: str, module: nn.Module, output: Any) -> None:
+        arrays = convert(output, Tensor, to_numpy)
+        calls.append(Call(path, type(module).__name__, *given.pop(), arrays))
 
-
-def _numpy(model: nn.Module, input: Tensor) -> Trace:
-    calls: list[Call] = []
-
-    def after(path: str, layer: nn.Module, received: Tensor, output: Tensor) -> Tensor:
-        computed = twin_of(layer).forward(received.numpy(), **_arguments(layer, np.float32))
-        computed = np.asarray(computed, np.float32)
-        result = computed.astype(np.float64)
-        calls.append(Call(path, type(layer).__name__, to_numpy(received), result))
-        return torch.from_numpy(computed)
-
-    with np.errstate(all="ignore"):
-        output = watch(model, input, after)
-    return Trace(calls, to_numpy(output))
+    with hooked(modules, before, after):
+        yield
 
 
-def _arguments(layer: nn.Module, dtype: Any) -> dict[str, Any]:
-    """The arguments of the layer's twin with arrays of `dtype`."""
-    return {
-        name: value.astype(dtype) if isinstance(value, np.ndarray) else value
-        for name, value in twin_of(layer).arguments(layer).items()
-    }
+#: From a module and the input it got to what takes the place of its output.
+Formula = Callable[[nn.Module, np.ndarray], np.ndarray]
 
 
-def _fused(model: nn.Module, input: Tensor) -> Trace:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of what torch.compile itself uses
-        return Trace([], to_numpy(fuse(model)(input)))
+@contextmanager
+def replaced(model: nn.Module, formulas: Mapping[str, Formula]) -> Iterator[None]:
+    """Put what a formula gives in the place of the output of the module at its path."""
+    given: list[np.ndarray] = []
+
+    def before(path: str, args: Any, kwargs: Any) -> None:
+        given.append(to_numpy(args[0] if args else next(iter(kwargs.values()))))
+
+    def after(path: str, module: nn.Module, output: Tensor) -> Tensor:
+        result = np.array(formulas[path](module, given.pop()))
+        return torch.from_numpy(result).to(output.device, output.dtype)
+
+    with hooked({path: model.get_submodule(path) for path in formulas}, before, after):
+        yield
 
 
-def _compiled(model: nn.Module, input: Tensor) -> Trace:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler itself uses
-        # Each model is another one; torch counts them as recompilations of the same and gives up.
-        with torch._dynamo.config.patch(recompile_limit=256):
-            return Trace([], to_numpy(torch.compile(model, fullgraph=True)(input)))
+#: From a model and an example input, both to be computed on a device in a dtype, to a function.
+Builder = Callable[
+    [nn.Module, Any, torch.device | str, torch.dtype], AbstractContextManager[Callable[..., Any]]
+]
 
 
-def _exported(model: nn.Module, input: Tensor) -> Trace:
-    with warnings.catch_warnings(), torch.no_grad():
-        return Trace([], to_numpy(torch.export.export(model, (input,)).module()(input)))
+@contextmanager
+def _eager(
+    model: nn.Module, input: Any, device: torch.device | str, dtype: torch.dtype
+) -> Iterator[Callable[..., Any]]:
+    with borrowed(model, device, dtype) as run:
+        yield run
 
 
-def _onnx(model: nn.Module, input: Tensor) -> Trace:
+@contextmanager
+def _numpy(
+    model: nn.Module, input: Any, device: torch.device | str, dtype: torch.dtype
+) -> Iterator[Callable[..., Any]]:
+    def formula(module: nn.Module, x: np.ndarray) -> np.ndarray:
+        layer = layer_of(module)
+        assert layer is not None
+        arguments = {name: single(value) for name, value in arguments_of(module).items()}
+        return layer.forward(single(x), **arguments)
+
+    known = {place.path: formula for place in walk(model) if place.layer is not None}
+    with borrowed(model, device, dtype) as run, replaced(model, known):
+        yield run
+
+
+def single(value: Any) -> Any:
+    """Floating-point arrays in float32, everything else as it is."""
+    floating = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+    return value.astype(np.float32) if floating else value
+
+
+def _elsewhere(build: Callable[[nn.Module, Any], Callable[..., Any]]) -> Builder:
+    """A builder that takes a copy of the model on the device and in the dtype."""
+
+    @contextmanager
+    def builder(
+        model: nn.Module, input: Any, device: torch.device | str, dtype: torch.dtype
+    ) -> Iterator[Callable[..., Any]]:
+        yield build(copied(model).to(device, dtype), input)
+
+    return builder
+
+
+def _fused(model: nn.Module, input: Any) -> Callable[..., Any]:
+    return fuse(model)
+
+
+def _compiled(model: nn.Module, input: Any) -> Callable[..., Any]:
+    torch.compiler.reset()  # torch counts each model as a recompilation of the same and gives up
+    whole: Callable[..., Any] = torch.compile(model, fullgraph=True)
+    return whole
+
+
+def _exported(model: nn.Module, input: Any) -> Callable[..., Any]:
+    return torch.export.export(model, *split(input)).module()
+
+
+def _onnx(model: nn.Module, input: Any) -> Callable[..., Any]:
     import onnxruntime
 
-    # The exporter warns and logs about its own dependencies.
-    logger = logging.getLogger("torch.onnx")
+    logger = logging.getLogger("torch.onnx")  # the exporter logs about its own dependencies
     level = logger.level
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            program = torch.onnx.export(model.eval(), (input,), dynamo=True, verbose=False)
-        finally:
-            logger.setLevel(level)
+    logger.setLevel(logging.ERROR)
+    args, kwargs = split(input)
+    try:
+        program = torch.onnx.export(model.eval(), args, kwargs=kwargs, dynamo=True, verbose=False)
+    finally:
+        logger.setLevel(level)
     assert program is not None
     session = onnxruntime.InferenceSession(
         program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    (output,) = session.run(None, {session.get_inputs()[0].name: input.numpy()})
-    return Trace([], np.asarray(output, np.float64))
+    names = [each.name for each in session.get_inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arrays = [tensor.numpy() for tensor in leaves((args, kwargs)).values()]
+        results = session.run(None, dict(zip(names, arrays, strict=False)))
+        tensors = tuple(torch.from_numpy(np.asarray(each)) for each in results)
+        return tensors if len(tensors) > 1 else tensors[0]
+
+    return run
 
 
-def _jax(model: nn.Module, input: Tensor) -> Trace:
+def _jax(model: nn.Module, input: Any) -> Callable[..., Any]:
     import jax
 
-    if not is_chain(model):
-        raise ValueError(f"jax follows plain chains of layers, got {type(model).__name__}")
+    steps = [place for place in walk(model) if place.step]
+    layers = []
+    for place in steps:
+        name = "a forward of its own" if place.layer is None else place.layer.name
+        if name not in _JAX:
+            raise ValueError(
+                f"jax follows plain chains of {', '.join(_JAX)}, got {name} ({place.kind})"
+            )
+        layers.append((name, arguments_of(place.module)))
     double = input.dtype == torch.float64
-    found = find_layers(model)
-    layers = [
-        (twin_of(layer).forward.__name__, _arguments(layer, np.float64 if double else np.float32))
-        for layer in (found[path] for path in chain_paths(model))
-    ]
-
-    unknown = [name for name, _ in layers if name not in _JAX]
-    if unknown:
-        raise ValueError(f"jax knows {', '.join(_JAX)}, got {unknown[0]}")
 
     def forward(x: Any) -> Any:
         for name, arguments in layers:
             x = _JAX[name](jax, x, **arguments)
         return x
 
-    with jax.enable_x64(double), jax.default_matmul_precision("highest"):
-        return Trace([], np.asarray(jax.jit(forward)(input.numpy()), np.float64))
+    compiled = jax.jit(forward)
+
+    def run(given: Any) -> Any:
+        with jax.enable_x64(double), jax.default_matmul_precision("highest"):
+            return torch.from_numpy(np.array(compiled(given.numpy())))
+
+    for _, arguments in layers:
+        for name, value in arguments.items():
+            if isinstance(value, np.ndarray):
+                arguments[name] = value.astype(np.float64 if double else np.float32)
+    return run
 
 
 _JAX: dict[str, Callable[..., Any]] = {
-    "dense": lambda jax, x, weights, biases: x @ weights + (0 if biases is None else biases),
+    "dense": lambda jax, x, weight, bias: x @ weight.T + (0 if bias is None else bias),
     "relu": lambda jax, x: jax.nn.relu(x),
     "softmax": lambda jax, x, dim: jax.nn.softmax(x, dim),
-    "log_softmax": lambda jax, x, dim: jax.nn.log_softmax(x, dim),
+    "log-softmax": lambda jax, x, dim: jax.nn.log_softmax(x, dim),
     "identity": lambda jax, x: x,
 }
 
@@ -284,34 +419,31 @@ class Kind:
     """How a candidate runs, and what it needs.
 
     Attributes:
-        run: from a model and an input, both already of the candidate's device and dtype.
+        build: makes a function of the input.
+        shows: whether it shows what happens at the places.
         anywhere: whether it computes on any device of torch's.
         dtypes: what it computes in.
-        extra: the extra of this package that installs what it needs.
-        packages: what that is.
+        packages: what it needs; the extra of this package that installs them has its name.
     """
 
-    run: Callable[[nn.Module, Tensor], Trace]
+    build: Builder
+    shows: bool = False
     anywhere: bool = True
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    extra: str | None = None
     packages: tuple[str, ...] = ()
 
 
 KINDS = {
-    "eager": Kind(_eager),
-    "fused": Kind(_fused),
-    "compiled": Kind(_compiled),
-    "exported": Kind(_exported),
+    "eager": Kind(_eager, shows=True),
+    "fused": Kind(_elsewhere(_fused)),
+    "compiled": Kind(_elsewhere(_compiled)),
+    "exported": Kind(_elsewhere(_exported)),
     "onnx": Kind(
-        _onnx,
+        _elsewhere(_onnx),
         anywhere=False,
         dtypes=("float64", "float32", "float16"),  # ONNX Runtime has no bfloat16 Gemm on the CPU
-        extra="onnx",
         packages=("onnx", "onnxscript", "onnxruntime"),
     ),
-    "jax": Kind(
-        _jax, anywhere=False, dtypes=("float64", "float32"), extra="jax", packages=("jax",)
-    ),
-    "numpy": Kind(_numpy, anywhere=False, dtypes=("float32",)),
+    "jax": Kind(_elsewhere(_jax), anywhere=False, dtypes=("float64", "float32"), packages=("jax",)),
+    "numpy": Kind(_numpy, shows=True, anywhere=False, dtypes=("float32",)),
 }

@@ -1,4 +1,4 @@
-"""Deliberately broken twins of a model: what a judge has to reject to be believed."""
+"""Deliberately broken copies of a model: what a judge has to reject to be believed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
-from torchnnfs.testing.twins import chain_paths, find_layers, is_chain
+from torchnnfs.testing.candidates import Call, Candidate, Formula, single
+from torchnnfs.testing.exact import known
+from torchnnfs.testing.judge import DIFFERS, Problem, judge
+from torchnnfs.testing.layers import Layer
+from torchnnfs.testing.layers.softmax import UNSHIFTED
+from torchnnfs.testing.measure import measure
+from torchnnfs.testing.precision import PRECISIONS, Array
 
 
 @dataclass(frozen=True)
 class Control:
-    """One broken twin and what the judge said of it.
+    """One broken copy and what the judge said of it.
 
     Attributes:
         name: what was broken.
@@ -30,165 +36,116 @@ class Control:
     reason: str
 
 
-class NotHereError(Exception):
-    """The network has nothing that could be broken in this way."""
+#: A wrong formula: ``wrong(x, **arguments)``; None where these arguments cannot be broken so.
+_Wrong = Callable[..., Array | None]
 
 
-#: Breaks a copy of a model in place and returns the path of the layer.
-Break = Callable[[nn.Module, Tensor], str]
+def try_controls(
+    model: nn.Module, input: Any, candidate: Candidate, problem: Problem
+) -> tuple[Control, ...]:
+    """Break the model at the first layer that each control fits, and judge it by itself."""
+    calls: dict[str, Call] = {}
+    for call in candidate.run(model, input, broken={}).calls:
+        calls.setdefault(call.path, call)
+    tried: dict[str, Control] = {}
+    for path, call in calls.items():
+        place = problem.model.places[path]
+        if place.layer is None:
+            continue
+        wrongs: dict[str, _Wrong] = dict(place.layer.controls)
+        if path == problem.model.steps[-1]:
+            wrongs |= _of_the_output(place.layer)
+        for name, wrong in wrongs.items():
+            if name not in tried:
+                control = _try(name, wrong, model, input, candidate, problem, call)
+                tried |= {} if control is None else {name: control}
+    return tuple(tried.values())
 
 
-def find_first(model: nn.Module, kind: type[nn.Module]) -> tuple[str, Any]:
-    """Path and module of the first layer of that type; `NotHereError` without one."""
-    return _of(model, kind)[0]
+def _of_the_output(layer: Layer) -> dict[str, _Wrong]:
+    """What can be wrong with the last layer, whatever it computes."""
+
+    def constant(x: Array, **arguments: Any) -> Array:
+        y = layer.forward(x, **arguments)
+        return np.full_like(y, 1 / y.shape[-1])
+
+    def swapped(x: Array, **arguments: Any) -> Array | None:
+        y = layer.forward(x, **arguments)
+        return y[..., ::-1] if y.shape[-1] > 1 else None
+
+    return {"constant output": constant, "swapped classes": swapped}
 
 
-def find_last(model: nn.Module, kind: type[nn.Module]) -> tuple[str, Any]:
-    """Path and module of the last layer of that type; `NotHereError` without one."""
-    return _of(model, kind)[-1]
+def _try(
+    name: str,
+    wrong: _Wrong,
+    model: nn.Module,
+    input: Any,
+    candidate: Candidate,
+    problem: Problem,
+    call: Call,
+) -> Control | None:
+    """Judge one broken copy, and where it is not rejected, ask whether it could be."""
+    path, layer = call.path, problem.model.places[call.path].layer
+    assert layer is not None
+    arguments = problem.model.arguments[path]
+    narrow = single if candidate.dtype != torch.float64 else lambda value: value
+    if name == UNSHIFTED:
+        return _at_size_100(wrong, layer, call, arguments, problem, narrow)
+    exact_wrong = wrong(call.input, **arguments)
+    if exact_wrong is None:
+        return None
+    few = {key: narrow(value) for key, value in arguments.items()}
+
+    def formula(module: nn.Module, x: Array) -> Array:
+        result = wrong(narrow(x), **few)
+        assert result is not None
+        return result
+
+    broken: dict[str, Formula] = {path: formula}
+    rows = judge(candidate.run(model, input, broken=broken), problem)
+    row = next((row for row in rows if row.state == DIFFERS), None)
+    if row is not None:
+        return Control(name, path, "rejected", f"layer {row.label}: {_size(row.bound_ratio)}")
+    expected = problem.isolated(call)
+    assert expected is not None
+    value, bound = expected.values[""], expected.bounds[""]
+    ratio = measure(exact_wrong, value, bound, PRECISIONS["float64"]).ratio
+    if ratio > 2:
+        words = f"off by {ratio:.3g} times what rounding explains"
+        return Control(name, path, "passed", words)
+    words = f"off by {ratio:.2g} of what rounding in {problem.exact.dtype} explains"
+    if not ratio:
+        words = "on this input it computes the same"
+    return Control(name, path, "indistinguishable", words.replace("torch.", ""))
 
 
-def _of(model: nn.Module, kind: type[nn.Module]) -> list[tuple[str, Any]]:
-    found = [(path, each) for path, each in find_layers(model).items() if isinstance(each, kind)]
-    if not found:
-        raise NotHereError(f"no {kind.__name__} in this network")
-    return found
+def _size(ratio: float) -> str:
+    return f"{ratio:.3g} times its bound" if ratio < np.inf else "infinitely far off"
 
 
-def _set_weight(path: str, layer: Any, weight: Tensor) -> None:
-    if parametrize.is_parametrized(layer):
-        raise NotHereError(f"the weight of layer {path} is parametrized")
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-
-
-def _replace(layer: Any, forward: Callable[[Tensor], Tensor]) -> None:
-    layer.forward = lambda *args, **named: forward(*args, *named.values())
-
-
-def _relu(change: Callable[[Tensor], Tensor]) -> Break:
-    def break_(model: nn.Module, input: Tensor) -> str:
-        path, layer = find_first(model, nn.ReLU)
-        _replace(layer, change)
-        return path
-
-    return break_
-
-
-def _leaky(slope: float) -> Break:
-    return _relu(lambda x: torch.where(x > 0, x, slope * x))
-
-
-def _weight(change: Callable[[Tensor], Tensor]) -> Break:
-    def break_(model: nn.Module, input: Tensor) -> str:
-        path, layer = find_first(model, nn.Linear)
-        _set_weight(path, layer, change(layer.weight.detach().clone()))
-        return path
-
-    return break_
-
-
-def _transposed(model: nn.Module, input: Tensor) -> str:
-    for path, layer in find_layers(model).items():
-        if isinstance(layer, nn.Linear) and 1 < layer.in_features == layer.out_features:
-            _set_weight(path, layer, layer.weight.detach().T.clone())
-            return path
-    raise NotHereError("no square weight matrix in this network")
-
-
-def _permuted(model: nn.Module, input: Tensor) -> str:
-    path, layer = find_first(model, nn.Linear)
-    if layer.in_features == layer.out_features == 1:
-        raise NotHereError(f"the weight matrix of layer {path} has a single element")
-    _set_weight(path, layer, layer.weight.detach().flatten().roll(1).view_as(layer.weight))
-    return path
-
-
-def _bias(model: nn.Module, input: Tensor) -> str:
-    path, layer = find_first(model, nn.Linear)
-    whole = layer.forward
-    _replace(layer, lambda x: whole(x) + 1e-6)
-    return path
-
-
-def _output(change: Callable[[Tensor], Tensor]) -> Break:
-    def break_(model: nn.Module, input: Tensor) -> str:
-        layers = find_layers(model)
-        path = chain_paths(model)[-1] if is_chain(model) else list(layers)[-1]
-        layer: Any = layers[path]
-        whole = layer.forward
-        _replace(layer, lambda x: change(whole(x)))
-        return path
-
-    return break_
-
-
-def _swapped(output: Tensor) -> Tensor:
-    if output.shape[-1] < 2:
-        raise NotHereError("a single class")
-    return output.flip(-1)
-
-
-def _axis(model: nn.Module, input: Tensor) -> str:
-    path, layer = find_last(model, nn.Softmax)
-    if input.ndim < 2:
-        raise NotHereError("an input of one dimension has no other axis")
-    _replace(layer, lambda x: x.softmax(-2 if layer.dim in (-1, x.ndim - 1) else -1))
-    return path
-
-
-def _unshifted(model: nn.Module, input: Tensor) -> str:
-    path, layer = find_last(model, nn.Softmax)
-    _replace(layer, lambda x: x.exp() / x.exp().sum(layer.dim, keepdim=True))
-    return path
-
-
-def _rounded(bits: int, smallest: float = 0.0) -> Callable[[Tensor], Tensor]:
-    """Round to that many significant bits, and to multiples of `smallest`."""
-
-    def round_(x: Tensor) -> Tensor:
-        exact = x.cpu().double()  # not every device has float64
-        unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact)[1] - bits)
-        unit = unit.clamp(min=smallest)
-        return (exact / unit).round() * unit
-
-    return round_
-
-
-def _parameters(change: Callable[[Tensor], Tensor]) -> Break:
-    def break_(model: nn.Module, input: Tensor) -> str:
-        find_first(model, nn.Linear)
-        changed = []
-        for path, layer in find_layers(model).items():
-            for parameter in layer.parameters(recurse=False):
-                before = parameter.detach().clone()
-                with torch.no_grad():
-                    parameter.copy_(change(before))
-                if not torch.equal(before, parameter):
-                    changed.append(path)
-        if not changed:
-            raise NotHereError("all parameters are such numbers already")
-        return changed[0]
-
-    return break_
-
-
-#: The control that is judged on logits of size 100, at the layer alone.
-UNSHIFTED = "softmax without the maximum subtracted, on logits of size 100"
-
-BREAKS: dict[str, Break] = {
-    "ReLU left out": _relu(lambda x: x),
-    "leaky ReLU, slope 1e-2": _leaky(1e-2),
-    "leaky ReLU, slope 1e-4": _leaky(1e-4),
-    "a weight matrix transposed": _transposed,
-    "a weight matrix permuted": _permuted,
-    "a weight matrix times 1 + 1e-5": _weight(lambda weight: weight * (1 + 1e-5)),
-    "a bias of 1e-6": _bias,
-    "constant output": _output(lambda output: torch.full_like(output, 1 / output.shape[-1])),
-    "swapped classes": _output(_swapped),
-    "softmax over the wrong axis": _axis,
-    UNSHIFTED: _unshifted,
-    "parameters rounded to TF32": _parameters(_rounded(11)),
-    "parameters rounded to bfloat16": _parameters(_rounded(8)),
-    "parameters rounded to float16": _parameters(_rounded(11, 2.0**-24)),
-}
+def _at_size_100(
+    wrong: _Wrong,
+    layer: Layer,
+    call: Call,
+    arguments: dict[str, Any],
+    problem: Problem,
+    narrow: Callable[[Any], Any],
+) -> Control | None:
+    """The layer alone, on the logits it gets here, scaled to size 100."""
+    logits = call.input
+    size = float(logits.flat[np.argmax(np.abs(logits))]) if logits.size else 0.0
+    if not 0 < abs(size) < np.inf:
+        words = "its logits here are all zero"
+        return Control(UNSHIFTED, call.path, "indistinguishable", words)
+    # With its sign, so that the largest is 100 and not -100.
+    scaled = problem.precision.round(logits * (100 / size))
+    expected = known(layer, scaled, None, problem.precision, arguments)
+    with np.errstate(all="ignore"):
+        value = wrong(narrow(scaled), **arguments)
+    if value is None:
+        return None
+    ratio = measure(value, expected.values[""], expected.bounds[""], problem.precision).ratio
+    outcome = "rejected" if ratio > 1 else "indistinguishable"
+    words = _size(ratio) if ratio > 1 else "exp does not overflow here"
+    return Control(UNSHIFTED, call.path, outcome, words)

@@ -1,149 +1,135 @@
-"""What candidates gave on another machine, in a file: compared without meeting."""
+"""Traces to and from files: a run on another machine is one more source of traces."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torchnnfs.testing.candidates import DTYPES, Call, Candidate, Trace
+from torchnnfs.testing.candidates import DTYPES, Call, Trace
 from torchnnfs.testing.files import write_whole
-from torchnnfs.testing.reference import Array
-from torchnnfs.testing.twins import find_layers, to_numpy
+from torchnnfs.testing.models import leaves, to_numpy, walk
+from torchnnfs.testing.precision import Array
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A candidate that ran elsewhere; the attributes of `Candidate`, as far as rows need them."""
+class Setting:
+    """What a run depends on.
 
-    name: str
-    device: str
-    dtype: torch.dtype
+    Attributes:
+        arrays: those of the input, and the model's parameters and buffers.
+        layers: path and type of each place of the model.
+    """
 
-    @property
-    def dtype_name(self) -> str:
-        """The dtype as NumPy spells it."""
-        return str(self.dtype).removeprefix("torch.")
+    arrays: dict[str, Array]
+    layers: list[list[str]]
 
 
-def save(
-    name: str,
-    model: nn.Module,
-    input: Tensor,
-    traces: Iterable[tuple[Candidate | Recorded, Trace]],
-    environment: dict[str, str],
-) -> None:
+def setting(model: nn.Module, input: Any) -> Setting:
+    """What a run of the model on that input depends on."""
+    found = {f"input{name}": to_numpy(tensor) for name, tensor in leaves(input).items()}
+    for path, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            found[f"parameter {path}"] = to_numpy(tensor)
+    layers = [[place.path, place.kind] for place in walk(model)]
+    return Setting({key: _narrow(array) for key, array in found.items()}, layers)
+
+
+def save(name: str, here: Setting, traces: Iterable[Trace], environment: dict[str, str]) -> None:
     """Write parameters, input and all that the candidates showed to an ``.npz`` file, whole.
 
     Raises:
         ValueError: the file cannot be written.
     """
-    arrays: dict[str, Array] = {"input": _narrow(to_numpy(input))}
-    for path, parameter in model.state_dict().items():
-        arrays[f"parameter {path}"] = _narrow(to_numpy(parameter))
+    arrays = dict(here.arrays)
     runs = []
-    for i, (candidate, trace) in enumerate(traces):
-        arrays[f"{i} output"] = _narrow(trace.output)
-        for j, call in enumerate(trace.calls):
-            arrays[f"{i} {j} input"] = _narrow(call.input)
-            arrays[f"{i} {j} output"] = _narrow(call.output)
-        where = str(candidate.device)
-        runs.append(
-            {
-                "name": candidate.name,
-                "device": f"{where} ({environment.get(f'device {where}', 'elsewhere')})",
-                "dtype": candidate.dtype_name,
-                "calls": [[call.path, call.kind] for call in trace.calls],
-            }
-        )
-    about: dict[str, Any] = {
-        "version": VERSION,
-        "layers": _layers(model),
-        "runs": runs,
-        "environment": environment,
-    }
-    about["digest"] = _digest(arrays, about)
+    for trace in traces:
+        run = replace(trace, again=None, device=_device(trace.device, environment))
+        runs.append(_packed(asdict(run), arrays))
+    about = {"version": VERSION, "layers": here.layers, "runs": runs}
+    content: dict[str, Any] = {**arrays, "about": np.frombuffer(json.dumps(about).encode(), "u1")}
     buffer = io.BytesIO()
-    content: dict[str, Any] = {**arrays}
-    content["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     np.savez_compressed(buffer, **content)
     write_whole(name, buffer.getvalue())
 
 
-def load(name: str, model: nn.Module, input: Tensor) -> list[tuple[Recorded, Trace]]:
-    """The candidates of a file that `save` wrote, for this very model and input.
+def load(name: str, here: Setting) -> list[Trace]:
+    """The traces of a file that `save` wrote in this very setting.
 
     Raises:
-        ValueError: no such file, or one of another kind, version or content than was written, or
-            of another model or input.
+        ValueError: no such file, or one of another kind or version, or of another model or input.
     """
     try:
         with np.load(name, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         about: dict[str, Any] = json.loads(arrays.pop("about").tobytes())
-        version, digest, runs = about["version"], about.pop("digest"), about["runs"]
+        version, layers, runs = about["version"], about["layers"], about["runs"]
     except Exception as error:
         # NumPy raises a dozen kinds for a dozen kinds of damage; all mean the same to a reader.
         raise ValueError(f"{name!r} is no golden file: {error}") from None
     if version != VERSION:
         raise ValueError(f"{name!r} has version {version} of the format, expected {VERSION}")
-    if digest != _digest(arrays, about):
-        raise ValueError(f"{name!r} is damaged: its content does not match its digest")
-    expected = {"input": to_numpy(input)}
-    expected |= {f"parameter {path}": to_numpy(p) for path, p in model.state_dict().items()}
-    recorded = {key for key in arrays if key == "input" or key.startswith("parameter ")}
+    expected = here.arrays
+    recorded = {key for key in arrays if key.startswith(("input", "parameter "))}
     for key in sorted(recorded | expected.keys()):
-        if (
-            key not in arrays
-            or key not in expected
-            or not np.array_equal(arrays[key].astype(np.float64), expected[key])
-        ):
+        same = key in arrays and key in expected
+        if not same or not np.array_equal(arrays[key], expected[key]):
             raise ValueError(
                 f"{name!r} was made from another {key}; it takes the same data, network and seed"
             )
-    if about["layers"] != _layers(model):
-        raise ValueError(
-            f"{name!r} was made from another network: its layers are {about['layers']}"
-        )
-    loaded = []
-    for i, run in enumerate(runs):
-        calls = [
-            Call(path, kind, _wide(arrays[f"{i} {j} input"]), _wide(arrays[f"{i} {j} output"]))
-            for j, (path, kind) in enumerate(run["calls"])
-        ]
-        candidate = Recorded(f"golden {run['name']}", run["device"], DTYPES[run["dtype"]])
-        loaded.append((candidate, Trace(calls, _wide(arrays[f"{i} output"]))))
-    return loaded
+    if layers != here.layers:
+        raise ValueError(f"{name!r} was made from another network: its layers are {layers}")
+    try:
+        return [_trace(_unpacked(run, arrays)) for run in runs]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name!r} is damaged: {type(error).__name__}: {error}") from None
 
 
-def _layers(model: nn.Module) -> list[list[str]]:
-    return [[path, type(layer).__name__] for path, layer in find_layers(model).items()]
+def _trace(run: dict[str, Any]) -> Trace:
+    if run["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {run['dtype']!r}")
+    calls = tuple(Call(**each) for each in run.pop("calls"))
+    return Trace(**{**run, "name": f"golden {run['name']}", "calls": calls})
+
+
+def _device(device: str, environment: dict[str, str]) -> str:
+    return f"{device} ({environment.get(f'device {device}', 'elsewhere')})"
+
+
+def _packed(value: Any, arrays: dict[str, Array]) -> Any:
+    """`value` as JSON takes it; its arrays go to `arrays` and leave their keys."""
+    if isinstance(value, np.ndarray):
+        key = f"array {len(arrays)}"
+        arrays[key] = _narrow(value)
+        return {"array": key}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _packed(entry, arrays)] for key, entry in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_packed(entry, arrays) for entry in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _unpacked(value: Any, arrays: dict[str, Array]) -> Any:
+    if isinstance(value, dict):
+        if "array" in value:
+            array = arrays[value["array"]]
+            return array.astype(np.float64) if array.dtype.kind == "f" else array
+        return {key: _unpacked(entry, arrays) for key, entry in value["dict"]}
+    return tuple(_unpacked(each, arrays) for each in value) if isinstance(value, list) else value
 
 
 def _narrow(array: Array) -> Array:
     """In float32 where that loses nothing."""
+    if array.dtype != np.float64:
+        return array
     with np.errstate(over="ignore"):
         single = array.astype(np.float32)
     return single if np.array_equal(single, array, equal_nan=True) else array
-
-
-def _wide(array: Array) -> Array:
-    return array.astype(np.float64)
-
-
-def _digest(arrays: dict[str, Array], about: dict[str, Any]) -> str:
-    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for key in sorted(arrays):
-        array = arrays[key]
-        found.update(f"{key} {array.shape} {array.dtype.str}".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()

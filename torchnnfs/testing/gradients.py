@@ -1,12 +1,10 @@
-"""The backward pass by hand: what torch's gradients have to be, and how far they may stray.
+"""The gradients of torch against the backward formulas, each from what really reached it.
 
-The loss is the cross-entropy of the targets, averaged over the batch. Each gradient is judged
-isolated: from the layer's real input and output and the real gradient that reached its output.
+The loss is the cross-entropy of the targets, averaged over the batch.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,232 +13,216 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchnnfs.testing import bounds, reference
-from torchnnfs.testing.bounds import Precision
-from torchnnfs.testing.reference import Array
-from torchnnfs.testing.twins import find_layers, is_chain, to_numpy, twin_of
-
-
-class Gradient(NamedTuple):
-    """One gradient: torch's values, the exact ones and how far these may be apart."""
-
-    path: str
-    kind: str
-    value: Array
-    exact: Array
-    bound: Array
+from torchnnfs.testing.candidates import Candidate, Trace, dtype_name
+from torchnnfs.testing.exact import ROUNDING
+from torchnnfs.testing.judge import Problem, Row, make_row
+from torchnnfs.testing.layers import softmax
+from torchnnfs.testing.measure import measure
+from torchnnfs.testing.models import borrowed, cast, split, state_of, to_numpy
+from torchnnfs.testing.precision import Array, Precision
 
 
 class _Call(NamedTuple):
     path: str
-    layer: nn.Module
+    module: nn.Module
     input: Tensor
     output: Tensor
 
 
-def gradients(
-    model: nn.Module, problem: nn.Module, input: Tensor, target: Tensor, precision: Precision
-) -> Iterator[Gradient]:
-    """The gradients of the loss: to the output, and to input and parameters of each layer.
-
-    Args:
-        model: the candidate, on its device and in its dtype.
-        problem: the module with the layers whose parameters the exact gradients are computed from.
-        input: (N, inputs).
-        target: (N,) classes.
-        precision: what `model` computes in.
+def judge_gradients(
+    candidate: Candidate, model: nn.Module, input: Any, target: Tensor | None, problem: Problem
+) -> list[Row]:
+    """A row for each gradient: to the output, and to input and parameters of each layer.
 
     Raises:
-        ValueError: an output that is not (N, classes), or targets that do not fit it.
+        ValueError: no target; an output that is not (N, classes), or targets that do not fit it.
     """
-    model = copy.deepcopy(model).requires_grad_()
-    for layer in model.modules():
-        if isinstance(layer, nn.ReLU):
-            layer.inplace = False  # in place, the layer's own input would be gone
-    calls, output = _forward(model, input.detach().clone().requires_grad_())
-    if output.ndim != 2 or target.shape != output.shape[:1]:
+    if target is None:
+        raise ValueError("compare with backward expects a target, the classes of the input's rows")
+    if problem.mismatch or problem.reference.sources or problem.reference.recorded:
         raise ValueError(
-            "compare with backward expects an output of shape (N, classes) and a target of shape "
-            f"(N,), got {tuple(output.shape)} and {tuple(target.shape)}"
+            "compare with backward expects as reference a module with the model's own layers"
         )
-    classes = output.shape[-1]
-    if target.is_floating_point() or not ((target >= 0) & (target < classes)).all():
-        raise ValueError(
-            f"compare with backward expects targets that are classes from 0 to {classes - 1}, got "
-            f"{target.dtype} from {target.min().item()} to {target.max().item()}"
-        )
-    target = target.to(output.device, torch.int64)
-    last = twin_of(calls[-1].layer).forward if calls else reference.identity
-    loss, by_hand = _LOSSES.get(last, _LOSSES[reference.identity])
+    assert candidate.dtype is not None
+    name, device = dtype_name(candidate.dtype), str(candidate.device)
+    trace = Trace(candidate.name, device, name, (), None)
+    with np.errstate(all="ignore"), torch.inference_mode(False), torch.enable_grad():
+        return [
+            make_row(trace, path, kind, measure(value, *pair, problem.precision), None, [ROUNDING])
+            for path, kind, value, pair in _gradients(candidate, model, input, target, problem)
+        ]
+
+
+def _gradients(
+    candidate: Candidate, model: nn.Module, input: Any, target: Tensor, problem: Problem
+) -> Iterator[tuple[str, str, Array, tuple[Array, Array]]]:
+    device, dtype = candidate.device, candidate.dtype
+    assert dtype is not None
     parameters = dict(model.named_parameters())
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    wanted = [output, *(call.output for call in calls), *(call.input for call in calls)]
-    wanted += parameters.values()
-    found = torch.autograd.grad(loss(output, target), wanted, allow_unused=True)
-    # What does not reach the loss has no gradient: it is zero.
-    values = [
-        np.zeros(tuple(tensor.shape)) if each is None else to_numpy(each)
-        for tensor, each in zip(wanted, found, strict=True)
-    ]
-    p = to_numpy(output)
-    yield Gradient("(loss)", "dL/doutput", values[0], *by_hand(p, target.cpu().numpy(), precision))
-    chain = is_chain(model)
-    theirs = dict(zip(find_layers(model), find_layers(problem).values(), strict=True))
-    totals: dict[str, tuple[Array, Array]] = {}
+    state = state_of(model, device, dtype)
+    for name in parameters:
+        if state[name].is_floating_point() and not state[name].requires_grad:
+            state[name] = state[name].detach().requires_grad_()
+    args, kwargs = split(cast(input, device, dtype))
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, Tensor) and each.is_floating_point():
+            each.requires_grad_()
+    calls: list[_Call] = []
+    with borrowed(model, device, dtype, state=state) as run:
+        for module in model.modules():
+            if getattr(module, "inplace", False):
+                vars(module)["inplace"] = False  # else the layer's own input would be gone
+        output = _forward(run, args, kwargs, problem, calls)
+    classes = _check(output, target)
+    target = target.to(output.device, torch.int64)
+    last = problem.model.places[problem.model.steps[-1]].layer
+    loss, by_hand = _LOSSES.get(last.name if last else "", _LOSSES[""])
+    wanted = [output, *(call.output for call in calls)]
+    wanted += [call.input for call in calls if call.input.requires_grad]
+    wanted += [tensor for name, tensor in state.items() if name in parameters]
+    grads = torch.autograd.grad(loss(output, target), wanted, allow_unused=True, retain_graph=True)
+    found = {id(tensor): grad for tensor, grad in zip(wanted, grads, strict=True)}
+
+    def gradient(tensor: Tensor) -> Array:
+        grad = found[id(tensor)]  # what does not reach the loss has no gradient: it is zero
+        return np.zeros(tuple(tensor.shape)) if grad is None else to_numpy(grad)
+
+    rows = np.eye(classes)[target.cpu().numpy()]
+    yield (
+        "(loss)",
+        "dL/doutput",
+        gradient(output),
+        by_hand(to_numpy(output), rows, problem.precision),
+    )
+    steps = problem.model.steps
+    is_chain = [call.path for call in calls] == steps
+    totals: dict[int, tuple[str, str, Tensor, Array, Array]] = {}
     for index, call in enumerate(calls):
-        g = values[1 + index]
-        if chain and index + 1 < len(calls):
-            g = values[1 + len(calls) + index + 1]  # what the next layer passed on, and no other
-        backward = _BACKWARD.get(twin_of(call.layer).forward)
-        if backward is None:
+        layer = problem.model.places[call.path].layer
+        assert layer is not None
+        g = gradient(call.output)
+        if is_chain and index + 1 < len(calls):
+            g = gradient(calls[index + 1].input)  # what the next layer passed on, and no other
+        if layer.backward is None:
             continue
-        arguments = twin_of(call.layer).arguments(theirs[call.path])
+        arguments = problem.exact.arguments[problem.paired[call.path]]
         x, y = to_numpy(call.input), to_numpy(call.output)
-        for name, (exact, bound) in backward(x, y, g, precision, **arguments).items():
+        kind = type(call.module).__name__
+        for name, pair in layer.backward(x, y, g, problem.precision, **arguments).items():
             if name == "input":
-                value = values[1 + len(calls) + index] if chain else _own(call, g)
-                kind = f"{type(call.layer).__name__} dL/dx"
-                yield Gradient(call.path, kind, value, exact, bound)
-            else:
-                # A parametrized layer has no parameter of that name; a tied one has another's.
-                full = names.get(id(getattr(call.layer, name)), "")
-                before = totals.get(full, (np.zeros_like(exact), np.zeros_like(exact)))
-                # A layer that is called several times adds up, and rounds, once more for each.
-                total = before[0] + exact
-                both = precision.stored(total, before[1] + bound + precision.unit * np.abs(total))
-                totals[full] = (total, bound if full not in totals else both)
-    for full, (exact, bound) in totals.items():
-        path, _, name = full.rpartition(".")
-        if full:
-            value = values[1 + 2 * len(calls) + list(parameters).index(full)]
-            kind = f"{type(model.get_submodule(path)).__name__} {_SYMBOLS[name]}"
-            yield Gradient(path, kind, value, exact, bound)
+                if call.input.requires_grad:
+                    value = gradient(call.input) if is_chain else _own(call, g)
+                    yield call.path, f"{kind} dL/dx", value, pair
+                continue
+            full = f"{call.path}.{name}" if call.path else name
+            if full in state and full in parameters:  # a parametrized layer has none of that name
+                _add(totals, state[full], call.path, f"{kind} {_SYMBOLS[name]}", pair, problem)
+    for path, kind, tensor, exact, bound in totals.values():
+        yield path, kind, gradient(tensor), (exact, bound)
 
 
 _SYMBOLS = {"weight": "dL/dW", "bias": "dL/db"}
 
 
-def _forward(model: nn.Module, input: Tensor) -> tuple[list[_Call], Tensor]:
-    calls: list[_Call] = []
+def _add(
+    totals: dict[int, tuple[str, str, Tensor, Array, Array]],
+    tensor: Tensor,
+    path: str,
+    kind: str,
+    pair: tuple[Array, Array],
+    problem: Problem,
+) -> None:
+    """A layer that is called several times adds up, and rounds, once more for each."""
+    exact, bound = pair
+    if id(tensor) in totals:
+        path, kind, _, before, allowed = totals[id(tensor)]
+        exact = before + exact
+        sum_error = problem.precision.unit * np.abs(exact)
+        bound = problem.precision.stored(exact, allowed + bound + sum_error)
+    totals[id(tensor)] = (path, kind, tensor, exact, bound)
+
+
+def _forward(
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    problem: Problem,
+    calls: list[_Call],
+) -> Any:
+    """The output, and what went into and out of the layers, all with their history."""
+
+    def hook(path: str) -> Callable[..., None]:
+        def keep(module: nn.Module, given: Any, named: dict[str, Any], output: Tensor) -> None:
+            input = given[0] if given else next(iter(named.values()))
+            calls.append(_Call(path, module, input, output))
+
+        return keep
+
     handles = [
-        layer.register_forward_hook(
-            lambda layer, args, keywords, output, path=path: calls.append(
-                _Call(path, layer, args[0] if args else next(iter(keywords.values())), output)
-            ),
-            with_kwargs=True,
-        )
-        for path, layer in find_layers(model).items()
+        place.module.register_forward_hook(hook(path), with_kwargs=True)
+        for path, place in problem.model.places.items()
+        if place.layer is not None
     ]
-    output = model(input)
-    for handle in handles:
-        handle.remove()
-    return calls, output
+    try:
+        return run(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _own(call: _Call, g: Array) -> Array:
     """The gradient that this layer alone passes on, where its input goes elsewhere as well."""
-    x = call.input.detach().requires_grad_()
-    y = call.layer(x)
-    (dx,) = torch.autograd.grad(y, x, torch.from_numpy(g).to(y.device, y.dtype))
-    return to_numpy(dx)
+    reached = torch.from_numpy(g).to(call.output.device, call.output.dtype)
+    (grad,) = torch.autograd.grad(call.output, call.input, reached, retain_graph=True)
+    return to_numpy(grad)
 
 
-_Pairs = dict[str, tuple[Array, Array]]
+def _check(output: Any, target: Tensor) -> int:
+    """The number of classes."""
+    shape = tuple(getattr(output, "shape", ()))
+    if len(shape) != 2 or target.shape != shape[:1]:
+        raise ValueError(
+            "compare with backward expects an output of shape (N, classes) and a target of shape "
+            f"(N,), got {shape or type(output).__name__} and {tuple(target.shape)}"
+        )
+    classes = int(shape[-1])
+    if target.is_floating_point() or not ((target >= 0) & (target < classes)).all():
+        raise ValueError(
+            f"compare with backward expects targets that are classes from 0 to {classes - 1}, got "
+            f"{target.dtype} from {target.min().item()} to {target.max().item()}"
+        )
+    return classes
 
 
-def _dense(
-    x: Array, y: Array, g: Array, precision: Precision, weights: Array, biases: Array | None
-) -> _Pairs:
-    """``dL/dx = g W^T``, ``dL/dW = x^T g``, ``dL/db = sum g``, each a product of matrices."""
-    rows = x.reshape(-1, x.shape[-1])
-    flat = g.reshape(-1, g.shape[-1])
-    ones = np.ones((1, len(rows)))
-
-    def product(a: Array, b: Array) -> tuple[Array, Array]:
-        return a @ b, bounds.dense(a, np.zeros_like(a), precision, b)
-
-    found = {"input": product(g, weights.T)}
-    found["weight"] = product(flat.T, rows)  # as torch keeps it, (out_features, in_features)
-    if biases is not None:
-        total, bound = product(ones, flat)
-        found["bias"] = (total[0], bound[0])
-    return found
-
-
-def _relu(x: Array, y: Array, g: Array, precision: Precision) -> _Pairs:
-    """``dL/dx = g`` where x > 0, else 0."""
-    return {"input": (np.where(x > 0, g, 0.0), np.full_like(g, precision.tiny))}
-
-
-def _softmax(x: Array, y: Array, g: Array, precision: Precision, dim: int) -> _Pairs:
-    """``dL/dx = p (g - sum_j g_j p_j)``, from the p that torch computed and kept."""
-    total = np.sum(g * y, axis=dim, keepdims=True)
-    size = np.sum(np.abs(g * y), axis=dim, keepdims=True)
-    exact = y * (g - total)
-    error = y * (precision.gamma(y.shape[dim] + 3) * (np.abs(g) + size))
-    return {"input": (exact, precision.stored(exact, error + 3 * precision.tiny))}
-
-
-def _log_softmax(x: Array, y: Array, g: Array, precision: Precision, dim: int) -> _Pairs:
-    """``dL/dx = g - exp(y) sum_j g_j``, from the y that torch computed and kept."""
-    total = np.sum(g, axis=dim, keepdims=True)
-    size = np.sum(np.abs(g), axis=dim, keepdims=True)
-    exact = g - np.exp(y) * total
-    roundings = y.shape[dim] + 2 * bounds.EXP_ULP + 3
-    error = precision.gamma(int(roundings)) * (np.abs(g) + np.exp(y) * size)
-    return {"input": (exact, precision.stored(exact, error + 3 * precision.tiny))}
-
-
-def _reshaped(x: Array, y: Array, g: Array, precision: Precision, **arguments: Any) -> _Pairs:
-    return {"input": (g.reshape(x.shape), np.full(x.shape, precision.tiny))}
-
-
-_BACKWARD: dict[Callable[..., Array], Callable[..., _Pairs]] = {
-    reference.dense: _dense,
-    reference.relu: _relu,
-    reference.softmax: _softmax,
-    reference.log_softmax: _log_softmax,
-    reference.identity: _reshaped,
-    reference.flatten: _reshaped,
-}
-
-
-def _one_hot(p: Array, target: Array) -> Array:
-    found: Array = np.eye(p.shape[-1], dtype=np.float64)[target]
-    return found
-
-
-def _loss_of_probabilities(p: Array, target: Array, precision: Precision) -> tuple[Array, Array]:
+def _loss_of_probabilities(p: Array, rows: Array, precision: Precision) -> tuple[Array, Array]:
     """``dL/dp = -1 / (N p)`` at the target, 0 elsewhere."""
-    exact = 0.0 - _one_hot(p, target) / len(p) / np.where(p > 0, p, 1.0)
+    exact = 0.0 - rows / len(p) / np.where(p > 0, p, 1.0)
     bound = precision.gamma(4) * np.abs(exact)
     # 1 / N is stored before it is divided by p.
     stored = precision.stored(exact, precision.stored(exact, bound)) + precision.tiny
     return exact, np.where(p > 0, stored, np.inf)
 
 
-def _loss_of_log_probabilities(
-    y: Array, target: Array, precision: Precision
-) -> tuple[Array, Array]:
+def _loss_of_log_probabilities(y: Array, rows: Array, precision: Precision) -> tuple[Array, Array]:
     """``dL/dy = -1 / N`` at the target, 0 elsewhere."""
-    exact = 0.0 - _one_hot(y, target) / len(y)
+    exact = 0.0 - rows / len(y)
     return exact, precision.stored(exact, precision.gamma(3) * np.abs(exact)) + precision.tiny
 
 
-def _loss_of_logits(z: Array, target: Array, precision: Precision) -> tuple[Array, Array]:
+def _loss_of_logits(z: Array, rows: Array, precision: Precision) -> tuple[Array, Array]:
     """``dL/dz = (softmax(z) - one_hot) / N``."""
-    p = reference.softmax(z)
-    one_hot = _one_hot(z, target)
-    exact = (p - one_hot) / len(z)
+    p = softmax.softmax(z)
+    exact = (p - rows) / len(z)
     # exp(log_softmax(z)): the log-probabilities are stored in between.
-    error = bounds.log_softmax(z, np.zeros_like(z), precision)
-    error = p * np.expm1(error) + precision.gamma(10) * (p + one_hot)
+    error = softmax.log_softmax_bound(z, np.zeros_like(z), precision)
+    error = p * np.expm1(error) + precision.gamma(10) * (p + rows)
     # 1 / N is stored before it is multiplied.
     return exact, precision.stored(exact, precision.stored(exact, error / len(z) + precision.tiny))
 
 
-_LOSSES: dict[Callable[..., Array], tuple[Callable[..., Tensor], Callable[..., Any]]] = {
-    reference.softmax: (lambda p, t: F.nll_loss(p.log(), t), _loss_of_probabilities),
-    reference.log_softmax: (F.nll_loss, _loss_of_log_probabilities),
-    reference.identity: (F.cross_entropy, _loss_of_logits),
+#: By the name of the last layer's formula: the loss, and its gradient by hand.
+_LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., tuple[Array, Array]]]] = {
+    "softmax": (lambda p, t: F.nll_loss(p.log(), t), _loss_of_probabilities),
+    "log-softmax": (F.nll_loss, _loss_of_log_probabilities),
+    "": (F.cross_entropy, _loss_of_logits),
 }

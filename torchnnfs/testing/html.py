@@ -6,14 +6,12 @@ import re
 import zlib
 from collections.abc import Iterable
 from html import escape
-from typing import TYPE_CHECKING
 
 from torchnnfs.testing import plot
 from torchnnfs.testing.candidates import MissingExtraError
-from torchnnfs.testing.report import LEGEND, label, remarks, verdict
-
-if TYPE_CHECKING:
-    from torchnnfs.testing.comparison import Comparison, Row
+from torchnnfs.testing.judge import Row
+from torchnnfs.testing.outcome import Outcome
+from torchnnfs.testing.report import HEADINGS, LEGEND, cells, headline, remarks, verdict
 
 _PAGE = """\
 <!doctype html>
@@ -88,38 +86,29 @@ _PICTURES = {
 }
 
 
-def page(comparison: Comparison) -> str:
+def page(outcome: Outcome) -> str:
     """A whole page; it loads nothing and runs no script."""
-    return _PAGE.format(words=_headline(comparison)[1], fragment=fragment(comparison))
+    return _PAGE.format(words=headline(outcome)[1], fragment=fragment(outcome))
 
 
-def fragment(comparison: Comparison) -> str:
+def fragment(outcome: Outcome) -> str:
     """The same for a document that is already there, such as a notebook."""
-    style, words = _headline(comparison)
-    sentence = verdict(comparison).partition(": ")[2]
+    style, words = headline(outcome)
+    sentence = verdict(outcome).partition(": ")[2]
     parts = [
         f'<div class="torchnnfs">\n{_STYLE}\n<header class="{style}">\n<h1>{words}</h1>',
         f"<p>{escape(sentence[0].upper() + sentence[1:])}</p>\n</header>",
-        f"<h2>Layers</h2>\n{_layers(comparison)}",
+        f"<h2>Layers</h2>\n{_layers(outcome)}",
         f'<p class="note">{escape(LEGEND)}</p>',
-        f"<h2>Controls</h2>\n{_controls(comparison)}",
+        f"<h2>Controls</h2>\n{_controls(outcome)}",
         "<h2>Remarks</h2>\n<ul>",
-        *(f"<li>{escape(remark)}</li>" for remark in remarks(comparison)),
-        f"</ul>\n<h2>Pictures</h2>\n{_pictures(comparison)}",
+        *(f"<li>{escape(remark)}</li>" for remark in remarks(outcome)),
+        f"</ul>\n<h2>Pictures</h2>\n{_pictures(outcome)}",
         "<h2>Environment</h2>\n<dl>",
-        *(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in comparison.environment.items()),
+        *(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in outcome.environment.items()),
         "</dl>\n</div>",
     ]
     return "\n".join(parts)
-
-
-def _headline(comparison: Comparison) -> tuple[str, str]:
-    """The class of the verdict's colour, and the verdict in a few words."""
-    if not comparison.ok:
-        return "bad", "Disagrees with NumPy"
-    if comparison.proves_little:
-        return "doubt", "Agrees with NumPy, but this run proves little"
-    return "good", "Agrees with NumPy"
 
 
 def _table(caption: str, headings: str, body: Iterable[str]) -> str:
@@ -131,53 +120,40 @@ def _table(caption: str, headings: str, body: Iterable[str]) -> str:
     )
 
 
-def _layers(comparison: Comparison) -> str:
-    names = ("max |error|", "max ULP", "bits equal", "isolated", "chained")
+def _layers(outcome: Outcome) -> str:
+    names = HEADINGS[4:-1]
     headings = '<th scope="col">layer</th>'
     headings += "".join(f'<th scope="col" class="number">{name}</th>' for name in names)
     headings += '<th scope="col">verdict</th>'
     body = []
-    for name, rows in plot.by_candidate(comparison).items():
-        group = f'<tr class="group"><th colspan="7" scope="rowgroup">{escape(name)}</th></tr>'
+    for name, rows in outcome.by_candidate.items():
+        group = f'<tr class="group"><th colspan="8" scope="rowgroup">{escape(name)}</th></tr>'
         body.append("\n".join(["<tbody>", group, *map(_row, rows), "</tbody>"]))
     caption = "Every layer against NumPy in float64"
     return _table(caption, headings, body)
 
 
 def _row(row: Row) -> str:
-    numbers = [
-        f"{row.max_abs:.1e}" if row.max_abs else "0",
-        _number(row.max_ulp),
-        f"{row.bit_equal:.1%}",
-    ]
-    numbers += [_number(row.isolated_ratio), _number(row.chained_ratio)]
-    basis = "" if row.basis == "rounding" else f" (bound: {row.basis})"
-    cells = f'<th scope="row">{escape(label(row))}</th>'
-    cells += "".join(f'<td class="number">{number}</td>' for number in numbers)
-    cells += f"<td>{'ok' if row.ok else 'differs'}{escape(basis)}</td>"
+    shown = [escape(cell) for cell in cells(row)[3:]]
+    line = f'<th scope="row">{shown[0]}</th>'
+    line += "".join(f'<td class="number">{cell}</td>' for cell in shown[1:-1])
+    line += f"<td>{shown[-1]}</td>"
     if row.ok:
-        return f"<tr>{cells}</tr>"
+        return f"<tr>{line}</tr>"
     return (
-        f'<tr class="wrong">{cells}</tr>\n<tr class="worst"><td colspan="7"><p>'
-        f"Worst element {list(row.worst.index)}: {row.worst.value:.9g} where NumPy gives "
-        f"{row.worst.expected:.9g}.</p></td></tr>"
+        f'<tr class="wrong">{line}</tr>\n<tr class="worst"><td colspan="{len(shown)}">'
+        f"<p>{escape(row.reason)}.</p></td></tr>"
     )
 
 
-def _number(number: float | None) -> str:
-    if number is None:
-        return ""
-    return f"{number:.2f}" if number < 1e3 else f"{number:.0e}"
-
-
-def _controls(comparison: Comparison) -> str:
-    if not comparison.controls:
+def _controls(outcome: Outcome) -> str:
+    if not outcome.controls:
         return (
             '<p class="note">No broken twins were tried: nothing shows that this run can fail.</p>'
         )
     headings = "".join(f'<th scope="col">{name}</th>' for name in ("broken", "outcome", "reason"))
     body = []
-    for control in comparison.controls:
+    for control in outcome.controls:
         style = ' class="wrong"' if control.outcome == "passed" else ""
         cells = f"<td>{escape(control.outcome)}</td><td>{escape(control.reason)}</td>"
         body.append(f'<tr{style}><th scope="row">{escape(control.name)}</th>{cells}</tr>')
@@ -185,11 +161,9 @@ def _controls(comparison: Comparison) -> str:
     return _table(caption, headings, ["<tbody>", *body, "</tbody>"])
 
 
-def _pictures(comparison: Comparison) -> str:
+def _pictures(outcome: Outcome) -> str:
     try:
-        drawn = {
-            name: plot.render(comparison, "svg", name).decode() for name in plot.panels(comparison)
-        }
+        drawn = {name: plot.render(outcome, "svg", name).decode() for name in plot.panels(outcome)}
     except MissingExtraError as error:
         return f'<p class="note">Left out: {escape(str(error))}</p>'
     figures = [f"<figure>\n{_inline(svg, _PICTURES[name])}</figure>" for name, svg in drawn.items()]

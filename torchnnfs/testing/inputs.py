@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchnnfs.testing.models import leaves
+
 
 def check_model(role: str, model: Any) -> None:
     """A module whose parameters have values."""
@@ -19,7 +21,7 @@ def check_model(role: str, model: Any) -> None:
             "model once first"
         )
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
+        if isinstance(tensor, Tensor) and tensor.is_meta:
             raise ValueError(
                 f"compare expects {role} with values, got {name!r} on the meta device; call "
                 "to_empty(device='cpu') and then reset_parameters() or load_state_dict() first"
@@ -27,37 +29,40 @@ def check_model(role: str, model: Any) -> None:
 
 
 def check_input(input: Any) -> None:
-    """A floating-point tensor with values."""
-    if not isinstance(input, Tensor):
+    """A tensor, or a tuple or dictionary of tensors, with values."""
+    tensors = leaves(input)
+    wrong = next((each for each in tensors.values() if not isinstance(each, Tensor)), None)
+    if not isinstance(input, Tensor | tuple | dict) or not tensors or wrong is not None:
+        got = input if wrong is None else wrong
         raise TypeError(
-            f"compare expects input to be a torch.Tensor, got {_kind(input)}; "
-            "call torch.as_tensor(input, dtype=torch.float32) first"
+            "compare expects input to be a torch.Tensor, or a tuple (arguments) or dict (keyword "
+            f"arguments) of tensors, got {_kind(got)}; call torch.as_tensor(...) first"
         )
-    if not input.is_floating_point():
-        raise TypeError(
-            f"compare expects a floating-point input, got {input.dtype}; call input.float() first"
-        )
-    if input.is_meta:
-        raise ValueError("compare expects an input with values, got one on the meta device")
-    if input.numel() == 0 or input.ndim == 0:
-        raise ValueError(
-            f"compare expects at least one sample, got an input of shape {tuple(input.shape)}"
-        )
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"compare expects an input{name} with values, got one on meta")
+        if tensor.is_complex():
+            raise TypeError(f"compare expects real numbers, got {tensor.dtype} in input{name}")
+        if tensor.numel() == 0:
+            raise ValueError(
+                f"compare expects at least one sample, got an input of shape {tuple(tensor.shape)}"
+            )
 
 
-def check_finite(model: nn.Module, problem: nn.Module | None, input: Tensor, dtype: str) -> None:
+def check_finite(model: nn.Module, role: str, input: Any, dtype: torch.dtype) -> None:
     """No verdict on NaN: everything would equal everything."""
-    parts = [("input", input)]
-    parts += [(f"model parameter {name!r}", value) for name, value in model.named_parameters()]
-    if problem is not None:
-        parts += [(f"reference parameter {name!r}", p) for name, p in problem.named_parameters()]
+    parts = [(f"input{name}", tensor) for name, tensor in leaves(input).items()]
+    parts += [(f"{role} parameter {name!r}", value) for name, value in model.named_parameters()]
     for name, tensor in parts:
-        broken = (~torch.isfinite(tensor.detach())).nonzero()
+        if not tensor.is_floating_point():
+            continue
+        stored = tensor.detach().to(dtype)
+        broken = (~torch.isfinite(stored)).nonzero()
         if len(broken):
             index = tuple(broken[0].tolist())
             raise ValueError(
-                f"compare expects finite numbers, got {tensor[index].item()} in {name} at {index} "
-                f"in {dtype} ({len(broken)} of {tensor.numel()} are not finite)"
+                f"compare expects finite numbers, got {stored[index].item()} in {name} at {index} "
+                f"in {str(dtype)[6:]} ({len(broken)} of {tensor.numel()} are not finite)"
             )
 
 

@@ -1,17 +1,13 @@
-"""How far a computed array is from the exact one, in four ways."""
+"""How far a computed array is from the exact one, in several ways. No torch here."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from torchnnfs.testing.bounds import PRECISIONS
-from torchnnfs.testing.reference import Array
-from torchnnfs.testing.twins import to_numpy
+from torchnnfs.testing.precision import Array, Precision
 
 #: Upper edges of the histogram of errors in units in the last place; the last one is open.
 ULP_EDGES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, math.inf)
@@ -24,7 +20,7 @@ class Worst:
     Attributes:
         index: its place in the layer's output.
         value: what the candidate computed.
-        expected: what NumPy computed in float64.
+        expected: what it was expected to be.
     """
 
     index: tuple[int, ...]
@@ -32,8 +28,21 @@ class Worst:
     expected: float
 
 
-class Measured(NamedTuple):
-    """Largest error, in ULP too, share of exact bits, largest error over its bound, and more."""
+@dataclass(frozen=True)
+class Measured:
+    """What became of one array.
+
+    Attributes:
+        max_abs: the largest absolute error.
+        max_ulp: the largest error in units in the last place.
+        bit_equal: the fraction of elements that are the exact result correctly rounded.
+        ratio: the largest error over its bound.
+        worst: the element behind `ratio`.
+        ulps: number of elements with errors in ULP up to each of `ULP_EDGES`.
+        unbounded: number of elements that could not be judged, since the dtype may overflow.
+        size: number of elements.
+        shapes: that of the array and the expected one, where they differ.
+    """
 
     max_abs: float
     max_ulp: float
@@ -42,46 +51,51 @@ class Measured(NamedTuple):
     worst: Worst
     ulps: tuple[int, ...]
     unbounded: int
+    size: int
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 #: Elements measured at a time: few enough that what is computed between stays in the cache.
 _BLOCK = 1 << 16
 
 
-def measure(value: Array, exact: Array, bound: Array, dtype: torch.dtype) -> Measured:
-    """`value` in `dtype` against `exact`, elementwise, with `bound` what rounding can explain."""
+def measure(value: Array, exact: Array, bound: Array, precision: Precision) -> Measured:
+    """`value` against `exact`, elementwise, with `bound` what rounding can explain."""
+    value, exact = np.asarray(value), np.asarray(exact)
+    nowhere, none = Worst((), math.nan, math.nan), (0,) * len(ULP_EDGES)
     if value.shape != exact.shape:
-        nowhere = Worst((), math.nan, math.nan)
-        return Measured(math.inf, math.inf, 0.0, math.inf, nowhere, (0,) * len(ULP_EDGES), 0)
-    flat = [np.ascontiguousarray(array).reshape(-1) for array in (value, exact, bound)]
+        shapes = value.shape, exact.shape
+        return Measured(math.inf, math.inf, 0.0, math.inf, nowhere, none, 0, 1, shapes)
+    if not value.size:
+        return Measured(0.0, 0.0, 1.0, 0.0, nowhere, none, 0, 0)
+    bound = np.broadcast_to(bound, exact.shape)
+    flat = [np.asarray(each, np.float64).reshape(-1) for each in (value, exact, bound)]
+    parts = []
     with np.errstate(all="ignore"):
-        blocks = [
-            _measure_block(dtype, *(array[start : start + _BLOCK] for array in flat))
-            for start in range(0, value.size, _BLOCK)
-        ]
-    max_abs, max_ulp, equal, ratio, place, ulps, unbounded = zip(*blocks, strict=True)
-    block = int(np.argmax(ratio))
-    worst = block * _BLOCK + place[block]
+        for start in range(0, value.size, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            part = _measure_block(precision, *(each[block] for each in flat))
+            place = int(np.argmax(part[0])) + start
+            parts.append((float(part[0].max()), place, *part[1:]))
+    ratios, places, max_abs, max_ulp, equal, ulps, unbounded = zip(*parts, strict=True)
+    worst = places[int(np.argmax(ratios))]
+    index = tuple(int(i) for i in np.unravel_index(worst, value.shape))
     return Measured(
         max_abs=max(max_abs),
         max_ulp=max(max_ulp),
         bit_equal=sum(equal) / value.size,
-        ratio=ratio[block],
-        worst=Worst(
-            tuple(int(i) for i in np.unravel_index(worst, value.shape)),
-            float(flat[0][worst]),
-            float(flat[1][worst]),
-        ),
+        ratio=max(ratios),
+        worst=Worst(index, float(flat[0][worst]), float(flat[1][worst])),
         ulps=tuple(int(count) for count in np.sum(ulps, axis=0)),
         unbounded=sum(unbounded),
+        size=value.size,
     )
 
 
 def _measure_block(
-    dtype: torch.dtype, value: Array, exact: Array, bound: Array
-) -> tuple[float, float, int, float, int, Any, int]:
-    precision = PRECISIONS[str(dtype).removeprefix("torch.")]
-    rounded = to_numpy(torch.from_numpy(exact).to(dtype))
+    precision: Precision, value: Array, exact: Array, bound: Array
+) -> tuple[Array, float, float, int, Array, int]:
+    rounded = precision.round(exact)
     both_nan = np.isnan(value) & np.isnan(exact)
     equal = both_nan | ((value == rounded) & (np.signbit(value) == np.signbit(rounded)))
     # Right, too: infinite where the exact result lies beyond the dtype's numbers or may do so by
@@ -94,15 +108,13 @@ def _measure_block(
     ratio = np.where(error > 0, error / bound, 0.0)
     ratio[unbounded] = 0.0
     ratio[np.isnan(ratio)] = np.inf
-    place = int(np.argmax(ratio))
     off = error / precision.ulp(exact)
     ulps = np.bincount(np.searchsorted(ULP_EDGES, off), minlength=len(ULP_EDGES))
     return (
-        float(np.max(error)),
-        float(np.max(off)),
+        ratio,
+        float(error.max()),
+        float(off.max()),
         int(np.count_nonzero(equal)),
-        float(ratio[place]),
-        place,
         ulps,
         int(np.count_nonzero(unbounded)),
     )

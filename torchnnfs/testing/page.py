@@ -18,8 +18,10 @@ from torch import nn
 from torchnnfs import book
 from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
-from torchnnfs.testing import reference
-from torchnnfs.testing.reference import Array
+from torchnnfs.testing.layers.dense import dense
+from torchnnfs.testing.layers.pointwise import relu
+from torchnnfs.testing.layers.softmax import softmax
+from torchnnfs.testing.precision import Array
 
 #: What the book prints at the end of chapter 4.
 PAGE = """\
@@ -74,7 +76,7 @@ def compute(device: torch.device) -> list[Printed]:
     dialect = book.from_torch(model)
     assert isinstance(dialect, nn.Sequential)
     first, second = (
-        partial(reference.dense, weights=layer.weights, biases=layer.biases)
+        partial(dense, weight=layer.weights.T, bias=layer.biases)
         for layer in dialect
         if isinstance(layer, book.Layer_Dense)
     )
@@ -87,7 +89,7 @@ def compute(device: torch.device) -> list[Printed]:
             Printed(
                 f"NumPy {np.__version__}",
                 _steps(
-                    [first, reference.relu, second, reference.softmax],
+                    [first, relu, second, softmax],
                     points.cpu().numpy(),
                     lambda x: np.exp(x - x.max(-1, keepdims=True)),
                 ),

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchnnfs.testing.candidates import MissingExtraError
+from torchnnfs.testing.judge import Row
 from torchnnfs.testing.measure import ULP_EDGES
-from torchnnfs.testing.report import label
+from torchnnfs.testing.outcome import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from torchnnfs.testing.comparison import Comparison, Row
 
 KINDS = ("png", "svg")
 _MOST_POINTS, _MOST_ROWS = 1500, 48
@@ -29,7 +29,7 @@ _CLASSES = [(_FINE, "o"), ("#E69F00", "^"), ("#009E73", "s"), ("#CC79A7", "D"), 
 _CLASSES += [(_GREY, "X")]
 
 
-def figure(comparison: Comparison, *names: str) -> Figure:
+def figure(outcome: Outcome, *names: str) -> Figure:
     """The `panels` of these names, or all that there are, one above the other.
 
     Raises:
@@ -38,18 +38,18 @@ def figure(comparison: Comparison, *names: str) -> Figure:
     with _style():
         from matplotlib.figure import Figure
 
-        heights = panels(comparison)
+        heights = panels(outcome)
         tall = [heights[name] for name in names or heights]
         # Every place is given in inches: matplotlib's own layout varies in the last digits.
         whole = Figure(figsize=(4.0, sum(tall)))
         parts = whole.subfigures(len(tall), 1, height_ratios=tall, hspace=0, squeeze=False).flat
         for name, part in zip(names or heights, parts, strict=True):
-            {"points": _points, "bounds": _bounds, "ulps": _ulps}[name](part, comparison)
+            {"points": _points, "bounds": _bounds, "ulps": _ulps}[name](part, outcome)
     return whole
 
 
-def render(comparison: Comparison, kind: str, *names: str) -> bytes:
-    """`figure` as a "png" or "svg" file; the same comparison gives the same file.
+def render(outcome: Outcome, kind: str, *names: str) -> bytes:
+    """`figure` as a "png" or "svg" file; the same outcome gives the same file.
 
     Raises:
         MissingExtraError: without matplotlib.
@@ -60,28 +60,32 @@ def render(comparison: Comparison, kind: str, *names: str) -> bytes:
     plain = {"Date": None, "Creator": None, "Format": None, "Type": None} if kind == "svg" else None
     buffer = io.BytesIO()
     with _style():
-        figure(comparison, *names).savefig(buffer, format=kind, dpi=200, metadata=plain)
+        figure(outcome, *names).savefig(buffer, format=kind, dpi=200, metadata=plain)
     return buffer.getvalue()
 
 
-def panels(comparison: Comparison) -> dict[str, float]:
-    """The panels that there are for this comparison, in order, and their heights in inches.
+def panels(outcome: Outcome) -> dict[str, float]:
+    """The panels that there are for this outcome, in order, and their heights in inches.
 
     "points", where the input is points in the plane; "bounds"; and "ulps".
     """
-    x, y = comparison.input, comparison.output
+    x, y = outcome.input, outcome.output
     plane = x.ndim == y.ndim == 2 and x.shape[1] == 2 and len(x) == len(y)
     heights = {"points": 4.4} if plane and np.isfinite(y).all(-1).any() else {}
-    bounds, ulps = 0.95 + 0.2 * len(_lines(comparison)), 0.9 + 0.6 * len(by_candidate(comparison))
+    bounds, ulps = 0.95 + 0.2 * len(_lines(outcome)), 0.9 + 0.6 * len(outcome.by_candidate)
     return {**heights, "bounds": bounds, "ulps": ulps}
 
 
-def by_candidate(comparison: Comparison) -> dict[str, list[Row]]:
-    """The rows of each candidate, by its name, device and dtype."""
-    grouped: dict[str, list[Row]] = {}
-    for row in comparison.rows:
-        grouped.setdefault(f"{row.candidate} on {row.device} in {row.dtype}", []).append(row)
-    return grouped
+def kind_of(path: str) -> str:
+    """The kind of picture that a file's name asks for.
+
+    Raises:
+        ValueError: neither ``.png`` nor ``.svg``.
+    """
+    kind = path.lower().rpartition(".")[2]
+    if kind not in KINDS:
+        raise ValueError(f"pictures are .png or .svg files, got {path!r}")
+    return kind
 
 
 @contextmanager
@@ -110,11 +114,11 @@ def _axes(part: SubFigure, title: str, left: float, bottom: float, top: float) -
     return part.add_axes((left / width, bottom / height, *shares))
 
 
-def _points(part: SubFigure, comparison: Comparison) -> None:
+def _points(part: SubFigure, outcome: Outcome) -> None:
     from matplotlib.colors import to_rgb
 
-    given, confidence = comparison.output.argmax(-1), comparison.output.max(-1)
-    shown = np.flatnonzero(np.isfinite(comparison.output).all(-1))
+    given, confidence = outcome.output.argmax(-1), outcome.output.max(-1)
+    shown = np.flatnonzero(np.isfinite(outcome.output).all(-1))
     low, high = float(confidence[shown].min()), float(confidence[shown].max())
     classes, counts = np.unique(given[shown], return_counts=True)
     if len(classes) > len(_CLASSES):
@@ -126,14 +130,14 @@ def _points(part: SubFigure, comparison: Comparison) -> None:
     keys = 0.16 * len(classes)
     axes = _axes(part, "Class and confidence at the input points", 0.65, 0.9 + keys, 0.55)
     scale = _axes(part, "", 0.65, 0.5, 3.9 - keys)
-    who = next(iter(by_candidate(comparison)))
+    who = next(iter(outcome.by_candidate))
     part.text(0.025, 0.91, f"{who}, {len(shown):,} of {len(given):,} points")
     for place, number in enumerate(classes):
         colour, marker = _CLASSES[place if number >= 0 else -1]
         ramp = 1 - np.linspace(0.3, 1, 256)[:, None] * (1 - np.array(to_rgb(colour)))
         own = shown[given[shown] == number]
         shade = (255 * (confidence[own] - low) / (high - low or 1)).astype(int)
-        x, y = comparison.input[own].T
+        x, y = outcome.input[own].T
         axes.scatter(x, y, s=12, c=ramp[shade], marker=marker)
         scale.imshow(ramp[None], extent=(0, 1, place + 0.5, place - 0.5), aspect="auto")
     axes.set_aspect("equal", "datalim")
@@ -150,11 +154,11 @@ def _points(part: SubFigure, comparison: Comparison) -> None:
     scale.set_xlabel(f"largest output of each point; the shades span {spread:.2g}")
 
 
-def _lines(comparison: Comparison) -> list[Row | str]:
+def _lines(outcome: Outcome) -> list[Row | str]:
     """The largest rows in their order, each candidate's behind its name."""
-    largest = sorted(comparison.rows, key=_ratio, reverse=True)[:_MOST_ROWS]
+    largest = sorted(outcome.rows, key=_ratio, reverse=True)[:_MOST_ROWS]
     lines: list[Row | str] = []
-    for name, rows in by_candidate(comparison).items():
+    for name, rows in outcome.by_candidate.items():
         kept = [row for row in rows if row in largest]
         lines += [name, *kept] if kept else []
     return lines
@@ -164,14 +168,14 @@ def _ratio(row: Row) -> float:
     return math.inf if math.isnan(row.bound_ratio) else row.bound_ratio
 
 
-def _bounds(part: SubFigure, comparison: Comparison) -> None:
-    lines = _lines(comparison)
+def _bounds(part: SubFigure, outcome: Outcome) -> None:
+    lines = _lines(outcome)
     rows = {y: line for y, line in enumerate(lines) if not isinstance(line, str)}
     ratios = [_ratio(row) for row in rows.values()]
-    names = [_short(label(row)) for row in rows.values()]
+    names = [_short(row.label) for row in rows.values()]
     title = "Largest error over its bound, by layer"
-    if len(rows) < len(comparison.rows):
-        title = f"Largest errors over bounds, {len(rows)} of {len(comparison.rows):,}"
+    if len(rows) < len(outcome.rows):
+        title = f"Largest errors over bounds, {len(rows)} of {len(outcome.rows):,}"
     axes = _axes(part, title, 0.25 + max(map(_width, names)), 0.5, 0.4)
     # Whole decades, at most four to either side; what lies beyond is drawn at the edge.
     decades = [math.log10(min(max(ratio, 1e-4), 1e4)) for ratio in ratios if ratio]
@@ -202,9 +206,9 @@ def _bounds(part: SubFigure, comparison: Comparison) -> None:
     axes.set_xlabel("error / bound: up to 1, rounding explains it", loc="right")
 
 
-def _ulps(part: SubFigure, comparison: Comparison) -> None:
+def _ulps(part: SubFigure, outcome: Outcome) -> None:
     axes = _axes(part, "Errors at the last layer, in ULP", 0.1, 0.5, 0.4)
-    for y, (name, rows) in enumerate(by_candidate(comparison).items()):
+    for y, (name, rows) in enumerate(outcome.by_candidate.items()):
         row = [row for row in rows if not row.gradient][-1]
         scope = "whole network" if row.isolated_ratio is None else "last layer alone"
         axes.text(-0.5, y - 0.72, f"{name}, {scope}", weight="bold")

@@ -1,54 +1,205 @@
-"""The chapter's layers in NumPy, written from their formulas. No torch here.
-
-Each function works in the precision of its arrays: in float64 it is the reference of every
-comparison, in float32 it computes as the book does after ``nnfs.init()``.
-"""
+"""References: whatever somebody trusts, as something that gives arrays at places of the model."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor, nn
 
-Array = NDArray[np.floating[Any]]
+from torchnnfs.testing.models import Place, convert, leaves, to_numpy
+from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 
 
-def dense(x: Array, weights: Array, biases: Array | None = None) -> Array:
-    """``y = x W + b``, with W of shape (n_inputs, n_neurons) as the book keeps it.
+@dataclass(frozen=True)
+class Answer:
+    """What a reference gave.
 
-    As ``nnfs.init()`` has it, the dot product is accumulated in float64 and rounded once. Not by
-    ``np.dot`` itself: that is another function where ``nnfs.init()`` was called.
+    Attributes:
+        output: arrays, floating-point ones in float64; tuples, lists and dictionaries as well.
+        precision: what it computed in.
     """
-    y: Array = (x.astype(np.float64) @ weights.astype(np.float64)).astype(x.dtype)
-    return y if biases is None else y + biases
+
+    output: Any
+    precision: Precision
 
 
-def relu(x: Array) -> Array:
-    """``y = max(0, x)``, elementwise."""
-    return np.maximum(0, x)
+#: From the arguments of a place to what somebody's code gives for them.
+Source = Callable[[tuple[tuple[Any, ...], dict[str, Any]], bool], Answer]
 
 
-def softmax(x: Array, dim: int = -1) -> Array:
-    """``y_i = exp(x_i - m) / sum_j exp(x_j - m)`` along `dim`, m the maximum there."""
-    powers: Array = np.exp(x - np.max(x, axis=dim, keepdims=True))
-    total: Array = np.sum(powers, axis=dim, keepdims=True)
-    return powers / total
+@dataclass(frozen=True)
+class Reference:
+    """What the candidates are compared with.
+
+    Attributes:
+        module: a torch module whose layers and parameters are taken; None: the model's own.
+        sources: somebody's code, by the place whose work it does; the empty path is the output.
+        recorded: arrays that came out elsewhere, by their place.
+        notes: what a reader has to know of it.
+    """
+
+    module: nn.Module | None = None
+    sources: dict[str, Source] = field(default_factory=dict)
+    recorded: dict[str, Answer] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def judges_output(self) -> bool:
+        """Whether the end is compared with something independent."""
+        return self.module is not None or "" in self.sources or "" in self.recorded
 
 
-def log_softmax(x: Array, dim: int = -1) -> Array:
-    """``y_i = x_i - m - log sum_j exp(x_j - m)`` along `dim`, m the maximum there."""
-    shifted: Array = x - np.max(x, axis=dim, keepdims=True)
-    total: Array = np.sum(np.exp(shifted), axis=dim, keepdims=True)
-    return shifted - np.log(total)
+def read(reference: Any, model: nn.Module, places: Sequence[Place]) -> Reference:
+    """A reference of any form: see `torchnnfs.compare`.
+
+    Raises:
+        TypeError: nothing that computes or holds numbers.
+        ValueError: a mapping with a path that the model does not have, or an empty reference.
+    """
+    if reference is None or reference is model:
+        return Reference()
+    if isinstance(reference, nn.Module):
+        return Reference(module=reference)
+    if isinstance(reference, Mapping):
+        paths = dict(model.named_modules(remove_duplicate=False))
+        sources, recorded = {}, {}
+        for path, entry in reference.items():
+            if path not in paths:
+                raise ValueError(
+                    f"compare expects the reference's keys to be paths in the model, got {path!r}; "
+                    f"there are {', '.join(map(repr, paths))} ('' is the output)"
+                )
+            where = f"at {path!r}" if path else "for the output"
+            if isinstance(entry, np.ndarray | Tensor):
+                recorded[path] = answer(entry, where)
+            else:
+                sources[path] = source(entry, where)
+        return Reference(sources=sources, recorded=recorded)
+    if isinstance(reference, np.ndarray | Tensor):
+        return Reference(recorded={"": answer(reference, "for the output")})
+    if isinstance(reference, Sequence) and not isinstance(reference, str):
+        return _in_order(list(reference), places)
+    return Reference(sources={"": source(reference, "for the output")})
 
 
-def identity(x: Array) -> Array:
-    """``y = x``: also dropout when it drops nothing."""
-    return x
+def _in_order(entries: list[Any], places: Sequence[Place]) -> Reference:
+    """Objects that are run one after the other; as many as layers, each judges its own."""
+    sources = [source(entry, f"number {i}") for i, entry in enumerate(entries)]
+    if not sources:
+        raise ValueError("compare expects a reference with at least one object, got an empty list")
+
+    def whole(given: tuple[tuple[Any, ...], dict[str, Any]], single: bool) -> Answer:
+        precision = PRECISIONS["float64"]
+        for each in sources:
+            found = each(given, single)
+            if found.precision.roundoff > precision.roundoff:
+                precision = found.precision
+            given = ((found.output,), {})
+        return Answer(found.output, precision)
+
+    layers = [place for place in places if place.layer is not None or place.path]
+    if len(layers) != len(sources):
+        count = f"{len(sources)} object{'s' * (len(sources) > 1)}"
+        note = f"The reference has {count} for {len(layers)} layers: it judges the output alone."
+        return Reference(sources={"": whole}, notes=(note,))
+    own = {place.path: each for place, each in zip(layers, sources, strict=True)}
+    return Reference(sources={**own, "": whole})
 
 
-def flatten(x: Array, start_dim: int = 1, end_dim: int = -1) -> Array:
-    """The dimensions from `start_dim` to `end_dim` as one."""
-    first, last = start_dim % x.ndim, end_dim % x.ndim
-    return x.reshape(*x.shape[:first], -1, *x.shape[last + 1 :])
+def source(entry: Any, where: str) -> Source:
+    """A function, or an object whose ``forward`` returns its result or sets ``output``.
+
+    Raises:
+        TypeError: neither.
+    """
+    compute = getattr(entry, "forward", entry)
+    name = getattr(entry, "__name__", type(entry).__name__)
+    if not callable(compute) or isinstance(entry, type):
+        raise TypeError(
+            f"compare expects as reference {where} a torch.nn.Module, a function, an object with a "
+            f"method forward, an array, or a list or mapping of these, got {entry!r:.100}"
+        )
+    named = {"training": False} if _wants_training(compute) else {}
+
+    def run(given: tuple[tuple[Any, ...], dict[str, Any]], single: bool) -> Answer:
+        def narrow(array: Array) -> Array:  # it may work in place: a copy of its own
+            floating = array.dtype.kind == "f"
+            return array.astype(np.float32) if single and floating else array.copy()
+
+        def once(form: Callable[[Array], Any]) -> Any:
+            args, kwargs = convert(given, np.ndarray, form)
+            result = compute(*args, **kwargs, **named)
+            return getattr(entry, "output", None) if result is None else result
+
+        with np.errstate(all="ignore"), torch.no_grad():
+            try:
+                try:
+                    found = once(narrow)
+                except (TypeError, RuntimeError):  # code that takes torch's tensors alone
+                    found = once(lambda array: torch.from_numpy(narrow(array)))
+            except Exception as error:
+                shapes = ", ".join(str(array.shape) for array in leaves(given).values())
+                raise ValueError(
+                    f"the reference {where}, {name}, cannot compute from an array of shape "
+                    f"{shapes}: {type(error).__name__}: {error}"
+                ) from error
+        if found is None:
+            raise TypeError(
+                f"compare expects {name}.forward {where} to return an array or to set output, "
+                "got neither"
+            )
+        return answer(found, f"{where}, {name},")
+
+    return run
+
+
+def _wants_training(function: Callable[..., Any]) -> bool:
+    try:
+        parameter = inspect.signature(function).parameters.get("training")
+    except (TypeError, ValueError):  # functions in C have none
+        return False
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def answer(found: Any, where: str) -> Answer:
+    """Arrays of any library as NumPy's, and what they were computed in.
+
+    Raises:
+        TypeError: something that is no array of real numbers.
+    """
+    precisions = [PRECISIONS["float64"]]
+
+    def array(value: Any) -> Array:
+        if isinstance(value, Tensor):
+            precisions.append(PRECISIONS.get(str(value.dtype)[6:], PRECISIONS["float64"]))
+            return to_numpy(value)
+        converted = np.asarray(value)
+        kind = converted.dtype.name
+        if kind in PRECISIONS:
+            precisions.append(PRECISIONS[kind])
+            return converted.astype(np.float64)
+        if converted.dtype.kind not in "iub":
+            raise TypeError(
+                f"compare expects the reference {where} to give arrays of numbers, got "
+                f"{type(value).__name__} of dtype {converted.dtype}"
+            )
+        return converted
+
+    nested = isinstance(found, Mapping) or (
+        isinstance(found, list | tuple) and any(hasattr(each, "shape") for each in found)
+    )
+    output = _each(found, array) if nested else array(found)
+    return Answer(output, max(precisions, key=lambda each: each.roundoff))
+
+
+def _each(value: Any, change: Callable[[Any], Array]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _each(entry, change) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_each(entry, change) for entry in value)
+    return change(value)

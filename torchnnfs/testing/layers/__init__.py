@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torchnnfs.testing.precision import Array
+import numpy as np
+
+from torchnnfs.testing.precision import Array, Precision
 
 #: From a layer's input to its output: ``forward(x, **arguments)``.
 Forward = Callable[..., Array]
@@ -45,3 +47,13 @@ class Layer:
     controls: Mapping[str, Callable[..., Array | None]] = field(default_factory=dict)
     honest: Callable[..., Array] | None = None
     eval_only: bool = False
+
+
+def finished(y: Array, bound: Array, error: Array, precision: Precision) -> Array:
+    """`bound`, and what the last step does: flush to zero, round to the type that is stored.
+
+    Infinite where nothing is proven: the arithmetic may overflow, or the input had no bound.
+    """
+    bound = precision.stored(y, bound + precision.tiny)
+    # A number that is not one compares as false.
+    return np.where(np.abs(y) + bound + error < precision.overflow, bound, np.inf)

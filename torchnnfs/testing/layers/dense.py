@@ -7,11 +7,13 @@ and 3.5 (dot products, running error analysis).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Layer
+from torchnnfs.testing.layers import Gradients, Layer, finished
+from torchnnfs.testing.layers.reshape import collected, positions, scattered, windows
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 
 
@@ -77,9 +79,7 @@ def dense_backward(
 _ENOUGH = 1000
 
 
-def dense_honest(
-    x: Array, precision: Precision, weight: Array, bias: Array | None = None
-) -> Array:
+def dense_honest(x: Array, precision: Precision, weight: Array, bias: Array | None = None) -> Array:
     """Errors of plain sums, one input after the other, each step rounded, in a few orders.
 
     Half types are summed in float32 and rounded once. The result has shape (orders, rows, out).
@@ -118,6 +118,180 @@ def _with_weight(change: Callable[[Array], Array]) -> Callable[..., Array | None
     return wrong
 
 
+def _patches(
+    x: Array,
+    weight: Array,
+    stride: Sequence[int],
+    padding: str | Sequence[int],
+    dilation: Sequence[int],
+    padding_mode: str,
+) -> Array:
+    """What each output of a convolution sees of x: (..., *positions, inputs, all channels')."""
+    kernel = weight.shape[2:]
+    if padding == "same":
+        total = [step * (k - 1) for step, k in zip(dilation, kernel, strict=True)]
+        pads = [(size // 2, size - size // 2) for size in total]
+    else:
+        pads = [(0, 0) if padding == "valid" else (int(size), int(size)) for size in padding]
+        pads = pads[: len(kernel)]
+    mode: Any = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}
+    padded = np.pad(
+        x, [(0, 0)] * (x.ndim - len(kernel)) + pads, mode=mode.get(padding_mode, padding_mode)
+    )
+    view = windows(padded, kernel, stride, dilation)
+    view = np.moveaxis(view, -2 * len(kernel) - 1, -len(kernel) - 1)
+    return view.reshape(*view.shape[: -len(kernel) - 1], -1)
+
+
+class _Group(NamedTuple):
+    """The dense layer that a convolution is for one group of channels: weight, bias, inputs."""
+
+    weight: Array
+    bias: Array | None
+    inputs: slice
+
+
+def _groups(weight: Array, bias: Array | None, groups: int) -> list[_Group]:
+    rows = weight.reshape(groups, len(weight) // groups, -1)
+    biases = [None] * groups if bias is None else bias.reshape(groups, -1)
+    k = rows.shape[-1]
+    return [_Group(rows[i], biases[i], slice(i * k, (i + 1) * k)) for i in range(groups)]
+
+
+def _channels(parts: Sequence[Array], weight: Array) -> Array:
+    """The outputs of all groups, the channels before the positions, as torch has them."""
+    return np.moveaxis(np.concatenate(parts, axis=-1), -1, 1 - weight.ndim)
+
+
+def convolution(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    stride: Sequence[int],
+    padding: str | Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+) -> Array:
+    """``y = sum x w + b`` over each window of x: a dense layer for each group of channels.
+
+    x has the shape (batch, channels, *sizes) or (channels, *sizes).
+    """
+    seen = _patches(x, weight, stride, padding, dilation, padding_mode)
+    parts = [dense(seen[..., g.inputs], g.weight, g.bias) for g in _groups(weight, bias, groups)]
+    return _channels(parts, weight)
+
+
+def convolution_bound(
+    x: Array,
+    error: Array,
+    precision: Precision,
+    weight: Array,
+    bias: Array | None,
+    groups: int,
+    **places: Any,
+) -> Array:
+    """That of `dense_bound`, k the numbers of a window. Transforms (Winograd, FFT) differ."""
+    seen, errors = _patches(x, weight, **places), _patches(error, weight, **places)
+    return _channels(
+        [
+            dense_bound(seen[..., g.inputs], errors[..., g.inputs], precision, g.weight, g.bias)
+            for g in _groups(weight, bias, groups)
+        ],
+        weight,
+    )
+
+
+def convolution_backward(
+    x: Array,
+    y: Array,
+    g: Array,
+    precision: Precision,
+    weight: Array,
+    bias: Array | None,
+    groups: int,
+    **places: Any,
+) -> Gradients:
+    """Those of `dense_backward`; a number of x gets the sum over the windows that it lies in."""
+    seen = _patches(x, weight, **places)
+    where = _patches(positions(x), weight, **places)
+    slopes = np.moveaxis(g, 1 - weight.ndim, -1)
+    slopes = slopes.reshape(*slopes.shape[:-1], groups, -1)
+    found: dict[str, list[tuple[Array, Array]]] = {}
+    total, size, flushed = np.zeros((3, *x.shape))
+    for i, group in enumerate(_groups(weight, bias, groups)):
+        part = slopes[..., i, :]
+        backward = dense_backward(
+            seen[..., group.inputs], y, part, precision, group.weight, group.bias
+        )
+        del backward["input"]
+        for name, pair in backward.items():
+            found.setdefault(name, []).append(pair)
+        spots = where[..., group.inputs]
+        total += collected(part @ group.weight, spots, x)
+        size += collected(np.abs(part) @ np.abs(group.weight), spots, x)
+        flush = np.sum(np.abs(part), -1, keepdims=True) + np.sum(np.abs(group.weight), axis=0)
+        flushed += collected(flush, spots, x)
+    # A number lies in one group's windows only, so each has as many products.
+    n = len(weight) // groups * np.max(collected(np.ones(1), where, x), initial=1.0)
+    bound = precision.gamma(n) * size + precision.tiny * (flushed + n)
+    if places["padding_mode"] != "zeros":  # the gradient of the padding is stored by itself
+        bound = precision.stored(size, bound) + precision.stored_unit * size
+    result = {"input": (total, finished(total, bound, np.zeros_like(x), precision))}
+    for name, pairs in found.items():
+        exact, wrong = (np.concatenate(each) for each in zip(*pairs, strict=True))
+        shape = weight.shape if name == "weight" else exact.shape
+        result[name] = (exact.reshape(shape), wrong.reshape(shape))
+    return result
+
+
+def embedding(
+    x: Array,
+    weight: Array,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Array:
+    """``y = weight[x]``, a row for each integer of x."""
+    if max_norm is not None:
+        raise ValueError(
+            f"compare expects Embedding to leave its weight alone, got max_norm={max_norm}, "
+            "which changes it at each call"
+        )
+    y: Array = weight[np.asarray(x, np.int64)]
+    return y
+
+
+def embedding_bound(x: Array, error: Array, precision: Precision, **arguments: Any) -> Array:
+    """Zero: rows are copied. If an integer is uncertain, there is no bound."""
+    y = embedding(x, **arguments)
+    uncertain = np.asarray(error)[..., None] >= 0.5
+    return np.where(uncertain, np.inf, np.full_like(y, precision.tiny))
+
+
+def embedding_backward(
+    x: Array,
+    y: Array,
+    g: Array,
+    precision: Precision,
+    weight: Array,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Gradients:
+    """``dL/dweight``: the sum of g where that row was taken; nothing at `padding_idx`.
+
+    With `scale_grad_by_freq` it is divided by how often that was.
+    """
+    rows = np.asarray(x, np.int64)
+    places = positions(weight)[rows]
+    if padding_idx is not None:
+        places = np.where((rows == padding_idx)[..., None], 0, places)
+    if scale_grad_by_freq:
+        g = g / np.bincount(rows.ravel(), minlength=len(weight))[rows][..., None]
+    return {"weight": scattered(g, places, weight, precision)}
+
+
 DENSE = Layer(
     "dense",
     dense,
@@ -133,4 +307,39 @@ DENSE = Layer(
         "parameters rounded to float16": _with_weight(lambda w: rounded(w, 11, 2.0**-24)),
     },
     honest=dense_honest,
+)
+
+
+def _with_kernel(change: Callable[[Array], Array]) -> Callable[..., Array | None]:
+    """A convolution with another weight; None where the change leaves it as it is."""
+
+    def wrong(x: Array, weight: Array, **arguments: Any) -> Array | None:
+        changed = change(weight)
+        return None if np.array_equal(changed, weight) else convolution(x, changed, **arguments)
+
+    return wrong
+
+
+def _neighbours(x: Array, weight: Array, **arguments: Any) -> Array | None:
+    return None if len(weight) < 2 else embedding(x, np.roll(weight, 1, axis=0), **arguments)
+
+
+_CONVOLUTION: Any = (
+    convolution,
+    convolution_bound,
+    convolution_backward,
+    {
+        "a kernel flipped": _with_kernel(lambda w: np.flip(w, tuple(range(2, w.ndim)))),
+        "a kernel times 1 + 1e-5": _with_kernel(lambda w: w * (1 + 1e-5)),
+        "a bias of 1e-6 in a convolution": lambda x, **named: convolution(x, **named) + 1e-6,
+    },
+)
+CONV1D = Layer("conv1d", *_CONVOLUTION)
+CONV2D = Layer("conv2d", *_CONVOLUTION)
+EMBEDDING = Layer(
+    "embedding",
+    embedding,
+    embedding_bound,
+    embedding_backward,
+    controls={"an embedding shifted by one row": _neighbours},
 )

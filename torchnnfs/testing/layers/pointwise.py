@@ -1,14 +1,34 @@
 """Layers that treat each number by itself.
 
-Each bound has two parts: what the error that came in does, and what the computation rounds.
+Each bound has two parts: how far the error that came in can move the function, and what the
+computation rounds, at the input that it really had. Where a function f is monotone between its
+turning points, the first part is exact: the largest change is at an end of the interval from
+x - e to x + e or at a turning point in it. For the second part a concave f with f(0) = 0 helps: if
+its argument is wrong by the relative error d, f is wrong by d at most.
+
+Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 1.6 (what a
+function makes of an error) and 3.1 (roundings in a row).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Layer
-from torchnnfs.testing.precision import Array, Precision
+from torchnnfs.testing.layers import Gradients, Layer, finished
+from torchnnfs.testing.precision import EXP_ULP, Array, Precision
+
+_EXP = 2 * EXP_ULP  # in units roundoff
+
+
+def moved(forward: Callable[[Array], Array], x: Array, error: Array, *turns: float) -> Array:
+    """The largest change of `forward` within `error`, if it is monotone between its `turns`."""
+    low, high, y = x - error, x + error, forward(x)
+    places = [low, high, *(np.clip(turn, low, high) for turn in turns)]
+    farthest: Array = np.max([np.abs(forward(place) - y) for place in places], axis=0)
+    return farthest
 
 
 def relu(x: Array) -> Array:
@@ -41,6 +61,154 @@ def identity_backward(x: Array, y: Array, g: Array, precision: Precision) -> Gra
     return {"input": (g, np.full_like(g, precision.tiny))}
 
 
+def leaky_relu(x: Array, negative_slope: float = 0.01) -> Array:
+    """``y = x`` where x > 0, else ``negative_slope x``."""
+    y: Array = np.where(x > 0, x, negative_slope * x).astype(x.dtype)
+    return y
+
+
+@np.errstate(all="ignore")
+def leaky_relu_bound(
+    x: Array, error: Array, precision: Precision, negative_slope: float = 0.01
+) -> Array:
+    """What e moves, and ``gamma(2) |slope| |x - e|`` where x - e < 0: slope and product round.
+
+    Some libraries store the slope in the half type, so there it rounds once more.
+    """
+    roundings = precision.gamma(2) + precision.stored_unit
+    bound = moved(lambda x: leaky_relu(x, negative_slope), x, error, 0.0)
+    bound = bound + roundings * abs(negative_slope) * np.maximum(error - x, 0)
+    return finished(leaky_relu(x, negative_slope), bound, error, precision)
+
+
+def leaky_relu_backward(
+    x: Array, y: Array, g: Array, precision: Precision, negative_slope: float = 0.01
+) -> Gradients:
+    """``dL/dx = g`` where x > 0, else ``negative_slope g``."""
+    exact = np.where(x > 0, 1.0, negative_slope) * g
+    roundings = precision.gamma(2) + precision.stored_unit
+    bound = np.where(x > 0, 0.0, roundings * np.abs(exact))
+    return {"input": (exact, finished(exact, bound, np.zeros_like(g), precision))}
+
+
+def tanh(x: Array) -> Array:
+    """``y = tanh(x)``."""
+    return np.tanh(x)
+
+
+@np.errstate(all="ignore")
+def tanh_bound(x: Array, error: Array, precision: Precision) -> Array:
+    """What e moves, and ``gamma(6) |y|``: tanh is right to three units in the last place."""
+    y = np.tanh(x)
+    bound = moved(np.tanh, x, error)
+    bound = bound + precision.gamma(_EXP) * (np.abs(y) + bound)
+    return finished(y, bound, error, precision)
+
+
+def tanh_backward(x: Array, y: Array, g: Array, precision: Precision) -> Gradients:
+    """``dL/dx = g (1 - y^2)``, from the y that the layer computed; the square rounds, then all."""
+    exact = g * (1 - y * y)
+    bound = precision.gamma(2) * np.abs(exact) + precision.gamma(1) * np.abs(g) * y * y
+    return {"input": (exact, finished(exact, bound, np.zeros_like(g), precision))}
+
+
+def sigmoid(x: Array) -> Array:
+    """``y = 1 / (1 + exp(-x))``, for negative x as ``exp(x) / (1 + exp(x))``: none overflows."""
+    power = np.exp(-np.abs(x))
+    y: Array = np.where(x < 0, power, 1).astype(x.dtype) / (1 + power)
+    return y
+
+
+@np.errstate(all="ignore")
+def sigmoid_bound(x: Array, error: Array, precision: Precision) -> Array:
+    """What e moves, and ``gamma(8) max(y, 1/2)``.
+
+    exp is wrong by 6 u and is ``1 - y`` of the sum; sum and quotient round: ``gamma(8) y`` at most.
+    Many libraries compute ``1/2 + tanh(x / 2) / 2`` or a fraction of two polynomials plus 1/2: of
+    these a small y is as uncertain as 1/2, ``gamma(4)``.
+    """
+    y = sigmoid(x)
+    bound = moved(sigmoid, x, error)
+    bound = bound + precision.gamma(_EXP + 2) * np.maximum(y + bound, 0.5)
+    return finished(y, bound, error, precision)
+
+
+def sigmoid_backward(x: Array, y: Array, g: Array, precision: Precision) -> Gradients:
+    """``dL/dx = g y (1 - y)``, from the y that the layer computed: three roundings."""
+    exact = g * y * (1 - y)
+    bound = precision.gamma(3) * np.abs(exact) + precision.tiny * (np.abs(g) + 1)
+    return {"input": (exact, finished(exact, bound, np.zeros_like(g), precision))}
+
+
+_ERFC = np.vectorize(math.erfc, otypes=[float])
+_SLOPE, _CUBE = math.sqrt(2 / math.pi), 0.044715
+#: Where the two forms of GELU are least, to sixteen digits.
+_LEAST = {"none": -0.7517915246935645, "tanh": -0.752461422071016}
+#: Roundings of erf or tanh at a rounded argument, and three more of the sum and the products.
+_ROUNDINGS = {"none": _EXP + 2 + 3, "tanh": _EXP + 7 + 3}
+
+
+def _gate(x: Array, approximate: str) -> Array:
+    """What GELU multiplies x with: the normal distribution, or tanh in its place."""
+    if approximate == "tanh":
+        return sigmoid(2 * _SLOPE * (x + _CUBE * x * x * x))
+    gate: Array = (_ERFC(-x / math.sqrt(2)) / 2).astype(x.dtype)
+    return gate
+
+
+def _gate_size(x: Array, error: Array, approximate: str) -> Array:
+    """The larger of ``erf / 2`` and ``(1 + erf) / 2`` within `error`: what is rounded."""
+    far = _gate(np.abs(x) + error, approximate)
+    return np.maximum(far - 0.5, _gate(x + error, approximate))
+
+
+def gelu(x: Array, approximate: str = "none") -> Array:
+    """``y = x Phi(x)``, Phi the normal distribution ``(1 + erf(x / sqrt 2)) / 2``.
+
+    With ``approximate="tanh"`` it is ``(1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2``.
+    """
+    return x * _gate(x, approximate)
+
+
+@np.errstate(all="ignore")
+def gelu_bound(x: Array, error: Array, precision: Precision, approximate: str = "none") -> Array:
+    """What e moves, and ``gamma(n) |x| max(|erf|, 1 + erf) / 2``, n = 11, or 16 with tanh.
+
+    The argument of erf rounds twice, that of tanh seven times; both are concave, so their relative
+    error is no larger. They are wrong by 6 u themselves. Then the sum ``1 + erf`` and two products
+    round. As an error of erf is not small against ``1 + erf`` at negative x, the larger counts.
+    """
+    y, far = gelu(x, approximate), np.abs(x) + error
+    bound = moved(lambda x: gelu(x, approximate), x, error, _LEAST[approximate])
+    roundings = precision.gamma(_ROUNDINGS[approximate])
+    bound = bound + (roundings * _gate_size(x, error, approximate) + precision.tiny) * far
+    return finished(y, bound, error, precision)
+
+
+@np.errstate(all="ignore")
+def gelu_backward(
+    x: Array, y: Array, g: Array, precision: Precision, approximate: str = "none"
+) -> Gradients:
+    """``dL/dx = g (Phi(x) + x Phi'(x))``; ``Phi'`` is the normal density ``exp(-x^2 / 2) / c``.
+
+    The density is wrong by its roundings and exp's, and by ``x^2 u`` for the rounded exponent. With
+    tanh in the place of erf, ``1 - tanh^2`` is wrong by twice what tanh is.
+    """
+    gate, size = _gate(x, approximate), _gate_size(x, np.zeros_like(x), approximate)
+    roundings, square = _ROUNDINGS[approximate], x * x
+    if approximate == "tanh":
+        inner = 2 * _SLOPE * np.abs(x) * (1 + 3 * _CUBE * square)
+        slope = inner * gate * (1 - gate)
+        wrong = inner / 4 * precision.gamma(2 * roundings + 7)
+    else:
+        slope = np.abs(x) * np.exp(-square / 2) / math.sqrt(2 * math.pi)
+        wrong = slope * precision.gamma(_EXP + 4) + slope * np.expm1(square * precision.unit)
+    exact = g * (gate + np.copysign(slope, x))
+    bound = np.abs(g) * (precision.gamma(roundings) * size + wrong + precision.tiny * (1 + square))
+    bound = bound + precision.gamma(2) * (np.abs(exact) + bound)
+    return {"input": (exact, finished(exact, bound, np.zeros_like(g), precision))}
+
+
 RELU = Layer(
     "relu",
     relu,
@@ -50,6 +218,34 @@ RELU = Layer(
         "ReLU left out": lambda x: x,
         "leaky ReLU, slope 1e-2": lambda x: np.where(x > 0, x, 1e-2 * x),
         "leaky ReLU, slope 1e-4": lambda x: np.where(x > 0, x, 1e-4 * x),
+    },
+)
+LEAKY_RELU = Layer(
+    "leaky ReLU",
+    leaky_relu,
+    leaky_relu_bound,
+    leaky_relu_backward,
+    controls={
+        "leaky ReLU left out": lambda x, negative_slope: x,
+        "leaky ReLU, slope 1 % too large": lambda x, negative_slope: (
+            leaky_relu(x, 1.01 * negative_slope) if negative_slope else None
+        ),
+    },
+)
+TANH = Layer("tanh", tanh, tanh_bound, tanh_backward, {"tanh left out": lambda x: x})
+SIGMOID = Layer(
+    "sigmoid", sigmoid, sigmoid_bound, sigmoid_backward, {"sigmoid left out": lambda x: x}
+)
+GELU = Layer(
+    "gelu",
+    gelu,
+    gelu_bound,
+    gelu_backward,
+    controls={
+        "GELU left out": lambda x, approximate: x,
+        "GELU in its other form": lambda x, approximate: gelu(
+            x, "none" if approximate == "tanh" else "tanh"
+        ),
     },
 )
 IDENTITY = Layer("identity", identity, identity_bound, identity_backward)

@@ -1,0 +1,338 @@
+"""What should come out at each place, and how far a computed result may be from it.
+
+Nothing that a candidate computed enters here but, for the isolated results, the input that a layer
+really got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchnnfs.testing.candidates import hooked
+from torchnnfs.testing.layers import Layer
+from torchnnfs.testing.models import (
+    Place,
+    arguments_of,
+    borrowed,
+    call,
+    cast,
+    convert,
+    leaves,
+    split,
+    to_numpy,
+    walk,
+)
+from torchnnfs.testing.precision import PRECISIONS, Array, Precision
+
+#: What a row rests on. ROUNDING: a formula and a proven bound. ESTIMATED: a formula or somebody's
+#: reference, and an estimated bound. ITSELF: a float64 run of the same code, and an estimated
+#: bound: it shows rounding and faults of a dtype, not a wrong formula.
+ROUNDING, ESTIMATED, ITSELF = "rounding", "estimated", "own float64 run"
+_ORDER = (ROUNDING, ESTIMATED, ITSELF)
+
+#: An estimated bound is this many times the largest change in that many runs.
+_SPREAD, _RUNS = 8, 8
+
+
+@dataclass
+class Expected:
+    """The exact result at one place, and how far a computed one may be from it.
+
+    Attributes:
+        output: the result; tuples, lists and dictionaries of arrays as well.
+        bounds: for each array of the result, by its name there, elementwise; infinite where the
+            dtype may overflow.
+        basis: what they rest on: `ROUNDING`, `ESTIMATED` or `ITSELF`.
+    """
+
+    output: Any
+    bounds: dict[str, Array]
+    basis: str
+
+    @property
+    def values(self) -> dict[str, Array]:
+        """The arrays of the result, by their names there; a single one has the empty name."""
+        return leaves(self.output)
+
+    @property
+    def error(self) -> Any:
+        """The bounds in the shape of the output."""
+        bounds = iter(self.bounds.values())
+        return convert(self.output, np.ndarray, lambda _: next(bounds))
+
+
+class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every operation rounds at random, as another arithmetic than float64 does.
+
+    Inputs and results of each operation are moved by a unit roundoff, up or down at random (Monte
+    Carlo arithmetic: D. S. Parker, 1997). Beyond the largest number of the dtype is infinity.
+    """
+
+    def __init__(self, precision: Precision, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.precision = precision
+        self.random = torch.Generator().manual_seed(seed)
+
+    def moved(self, tensor: Tensor, size: float) -> Tensor:
+        """The tensor with relative errors of that size, up or down."""
+        signs = torch.randint(0, 2, tensor.shape, generator=self.random) * 2 - 1
+        return tensor * (1 + size * signs.to(tensor.dtype))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        schema = func._schema
+        writes = any(each.alias_info and each.alias_info.is_write for each in schema.arguments)
+        views = not writes and any(each.alias_info for each in schema.returns)
+        if not views and not writes:
+            args = _floats(args, lambda tensor: self.moved(tensor, self.precision.unit))
+        result = func(*args, **(kwargs or {}))
+        if views:
+            return result
+        if writes:
+            _floats(result, lambda tensor: tensor.copy_(self.stored(tensor)))
+            return result
+        return _floats(result, self.stored)
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """What the dtype would keep of a result."""
+        p = self.precision
+        rounded = self.moved(tensor, 2 * p.unit + p.stored_unit)
+        if p.stored_tiny:
+            rounded = (
+                rounded + self.moved(torch.full_like(tensor, p.stored_tiny), 1.0) - (p.stored_tiny)
+            )
+        return torch.where(tensor.abs() > p.largest, tensor * np.inf, rounded)
+
+
+def _floats(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `change` of its floating-point tensors, lists and tuples as they were."""
+    if isinstance(value, Tensor):
+        return change(value) if value.is_floating_point() and value.numel() else value
+    if isinstance(value, list | tuple):
+        return type(value)([_floats(each, change) for each in value])
+    return value
+
+
+def estimate(run: Callable[[int | None], Any], precision: Precision) -> Expected:
+    """The exact result ``run(None)``, and how far runs that round at random are from it.
+
+    Eight runs, ``run(0)`` to ``run(7)``; the largest change in a row, times 8, is the bound.
+    """
+    output = run(None)
+    exact = leaves(output)
+    spread = {name: np.zeros(value.shape) for name, value in exact.items()}
+    for seed in range(_RUNS):
+        for name, value in leaves(run(seed)).items():
+            off = np.abs(np.asarray(value, np.float64) - exact[name])
+            off[value == exact[name]] = 0.0
+            off[np.isnan(off)] = np.inf
+            spread[name] = np.maximum(spread[name], off)
+    bounds = {}
+    for name, off in spread.items():
+        if off.ndim and off.size:
+            # An overflow concerns its own element, a rounding error the whole row.
+            finite = np.where(np.isfinite(off), off, 0.0).max(axis=-1, keepdims=True)
+            off = np.where(np.isfinite(off), finite, np.inf)
+        floating = exact[name].dtype.kind == "f"
+        size = np.abs(exact[name]) * (precision.unit if floating else 0)
+        bound = _SPREAD * (off + np.where(np.isfinite(size), size, 0.0))
+        bounds[name] = precision.stored(exact[name], bound + precision.tiny) if floating else bound
+    return Expected(output, bounds, ESTIMATED)
+
+
+@contextmanager
+def same_chance() -> Iterator[None]:
+    """The same random numbers in each block, and behind it those that would have come."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+class Exact:
+    """The exact chain of a model in one dtype.
+
+    Attributes:
+        model: the model.
+        dtype: what parameters and input are stored in.
+        precision: what that dtype rounds to.
+        places: the places of the model, by their paths.
+        arguments: of the formulas of the places that were called, by their paths.
+        steps: the paths of the chain's steps, in order.
+        failed: why a place's own float64 run is not to be had, by its path.
+    """
+
+    def __init__(self, model: nn.Module, input: Any, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self.precision = PRECISIONS[str(dtype).removeprefix("torch.")]
+        places = walk(model)
+        self.places = {place.path: place for place in places}
+        self.steps = [place.path for place in places if place.step]
+        self.arguments: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}
+        self.input = convert(cast(input, "cpu", dtype), Tensor, to_numpy)
+        self._chains: dict[Precision, list[Expected]] = {}
+        self._read()
+
+    def _read(self) -> None:
+        """Read the arguments of each layer that is called, while it is called.
+
+        Parametrized and pruned layers make their weights then.
+        """
+
+        def after(path: str, module: nn.Module, output: Any) -> None:
+            if path not in self.arguments:
+                self.arguments[path] = arguments_of(module)
+
+        known = {path: place.module for path, place in self.places.items() if place.layer}
+        if not known:
+            return
+        with (
+            torch.no_grad(),
+            same_chance(),
+            borrowed(self.model, "cpu", self.dtype) as run,
+            hooked(known, lambda path, args, kwargs: None, after),
+        ):
+            given = convert(self.input, np.ndarray, torch.from_numpy)
+            call(run, cast(given, "cpu", self.dtype))
+
+    def chain(self, precision: Precision | None = None) -> list[Expected]:
+        """What comes out of each step, from the input on, the errors carried along."""
+        precision = precision or self.precision
+        if precision not in self._chains:
+            found: list[Expected] = []
+            given, error = split(self.input), None
+            for path in self.steps:
+                expected = self.at(path, given, error, precision)
+                if expected is None:
+                    break
+                for name, value in expected.values.items():
+                    # Where the dtype may have overflowed, anything may follow.
+                    bound = expected.bounds[name]
+                    bound[~(np.abs(value) + bound < precision.largest)] = np.inf
+                if found and _ORDER.index(found[-1].basis) > _ORDER.index(expected.basis):
+                    expected.basis = found[-1].basis
+                found.append(expected)
+                given, error = ((expected.output,), {}), expected.error
+            self._chains[precision] = found
+        return self._chains[precision]
+
+    def end(self, precision: Precision | None = None) -> Expected | None:
+        """What comes out of the model; None where there is no float64 run of it."""
+        chain = self.chain(precision)
+        return chain[-1] if len(chain) == len(self.steps) else None
+
+    def at(
+        self,
+        path: str,
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+        error: Any = None,
+        precision: Precision | None = None,
+    ) -> Expected | None:
+        """What the place at `path` gives for its arguments, which may be off by `error`.
+
+        None where the module cannot run in float64; `failed` says why.
+        """
+        place, precision = self.places[path], precision or self.precision
+        if place.layer is not None:
+            x, off = (next(iter(leaves(each).values()), None) for each in (given, error))
+            if x is None:
+                raise ValueError(f"compare expects a tensor as the input of {place.label}")
+            return known(place.layer, x, off, precision, self.arguments.get(path, {}))
+        try:
+            return self._own_run(place, given, error, precision)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as failure:
+            self.failed[path] = " ".join(str(failure).split())[:200]
+            return None
+
+    def inside(self, path: str, precision: Precision) -> Expected | None:
+        """What comes out of the last call of a module within the model, from the input on."""
+        module = self.model.get_submodule(path)
+        whole = Place("", self.model, None, True)
+        try:
+            return self._own_run(whole, split(self.input), None, precision, module)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as failure:
+            self.failed[path] = " ".join(str(failure).split())[:200]
+            return None
+
+    def _own_run(
+        self,
+        place: Place,
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+        error: Any,
+        precision: Precision,
+        inner: nn.Module | None = None,
+    ) -> Expected:
+        """The module itself in float64, from numbers as the dtype stores them.
+
+        With `inner`, what comes out of that module within it.
+        """
+        shown: list[Any] = []
+
+        def run(seed: int | None) -> Any:
+            errors = iter(() if seed is None else leaves(error).values())
+            signs = np.random.RandomState(seed)
+
+            def tensor(array: Array) -> Tensor:
+                off = next(errors, None)
+                if off is not None:
+                    array = array + off * signs.choice([-1.0, 1.0], array.shape)
+                return torch.from_numpy(np.array(array))
+
+            args, kwargs = convert(given, np.ndarray, tensor)
+            rounding = nullcontext() if seed is None else Rounding(precision, seed)
+            with torch.no_grad(), same_chance(), rounding:
+                output = compute(*args, **kwargs)
+            return convert(shown[-1] if inner is not None else output, Tensor, to_numpy)
+
+        watched = {} if inner is None else {"": inner}
+        with (
+            borrowed(place.module, "cpu", torch.float64, self.dtype) as compute,
+            hooked(watched, lambda *_: None, lambda path, module, output: shown.append(output)),
+        ):
+            expected = estimate(run, precision)
+        expected.basis = ITSELF
+        return expected
+
+
+def known(
+    layer: Layer,
+    x: Array,
+    error: Array | None,
+    precision: Precision,
+    arguments: dict[str, Any],
+) -> Expected:
+    """What a layer with a formula gives."""
+    with np.errstate(all="ignore"):
+        if layer.bound is not None:
+            exact = layer.forward(x, **arguments)
+            none = np.zeros(x.shape) if error is None else error
+            bound = np.array(layer.bound(x, none, precision, **arguments))
+            return Expected(exact, {"": bound}, ROUNDING)
+
+        def run(seed: int | None) -> Array:
+            if seed is None:
+                return np.asarray(layer.forward(x, **arguments))
+            random = np.random.RandomState(seed)
+
+            def moved(value: Array, sizes: Array | float) -> Array:
+                return value + sizes * random.choice([-1.0, 1.0], value.shape)
+
+            sizes = precision.unit * np.abs(x) + (0.0 if error is None else error)
+            others = {
+                name: moved(value, precision.unit * np.abs(value))
+                if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+                else value
+                for name, value in arguments.items()
+            }
+            return np.asarray(layer.forward(moved(x, sizes), **others))
+
+        return estimate(run, precision)

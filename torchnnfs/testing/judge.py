@@ -1,0 +1,478 @@
+"""Phase 2: each trace is measured against the exact chain of its dtype and made rows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchnnfs.testing.candidates import Call, Trace
+from torchnnfs.testing.exact import ESTIMATED, ITSELF, ROUNDING, Exact, Expected
+from torchnnfs.testing.layers import Layer
+from torchnnfs.testing.measure import Measured, Worst, measure
+from torchnnfs.testing.models import Place, leaves, split
+from torchnnfs.testing.precision import PRECISIONS, Array, Precision
+from torchnnfs.testing.reference import Answer, Reference
+
+#: What a row that differs rests on, where no bound is behind it.
+EXCESS, TWICE = "excess", "not the same twice"
+
+#: What a row says of its layer.
+OK, DIFFERS, INPUT, NOTHING = "ok", "differs", "right, but its input was wrong", "not judged"
+
+#: An error this many times an honest computation's is no rounding error. Correct computations
+#: reached 1.21 (docs/judge.md).
+EXCESS_LIMIT = 4.0
+
+#: Rows of the input that an honest computation is made for, and about as many of its products.
+_HONEST_ROWS, _HONEST_PRODUCTS = 1000, 1 << 26
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of one candidate, measured.
+
+    Attributes:
+        candidate: its name.
+        device: where it computed.
+        dtype: what it computed in.
+        layer: path of the layer in the model, with the number of the call if there are several and
+            the place in a nested output; "(output)" for the output of the whole model.
+        kind: type of the layer.
+        state: "ok"; "differs"; "right, but its input was wrong", where an earlier layer differs;
+            "not judged", where the dtype may overflow everywhere.
+        max_abs: largest absolute error: of the layer on the input it really got, or, where the
+            candidate does not show its layers, from the model's input on.
+        max_ulp: the same in units in the last place of `dtype`; 0.5 at most is correctly rounded.
+        bit_equal: fraction of elements that are the exact result correctly rounded.
+        isolated_ratio: largest error over its bound, of the layer on the input it really got; None
+            where the candidate does not show it.
+        chained_ratio: the same from the model's input on, the bound carried along; None inside a
+            module with its own forward.
+        chained_ulp: largest error in units in the last place, from the model's input on.
+        bound_ratio: the larger of the two ratios.
+        excess: root mean square of a dense layer's error over that of an honest computation; None
+            for other layers.
+        basis: what the row rests on: "rounding" (a formula and a proven bound), "estimated" (a
+            formula or a reference, and an estimated bound), "own float64 run" (of the same code,
+            with an estimated bound), or, where that is what differs, "excess" or "not the same
+            twice".
+        reason: what differs, in words; empty where nothing does.
+        worst: the element behind `bound_ratio`.
+        ulps: number of elements with errors in ULP up to each of `measure.ULP_EDGES`.
+        unbounded: number of elements that could not be judged, since the dtype may overflow.
+    """
+
+    candidate: str
+    device: str
+    dtype: str
+    layer: str
+    kind: str
+    state: str
+    max_abs: float
+    max_ulp: float
+    bit_equal: float
+    isolated_ratio: float | None
+    chained_ratio: float | None
+    chained_ulp: float | None
+    bound_ratio: float
+    excess: float | None
+    basis: str
+    reason: str
+    worst: Worst
+    ulps: tuple[int, ...]
+    unbounded: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether the layer is right, and so was its input."""
+        return self.state == OK
+
+    @property
+    def label(self) -> str:
+        """The layer as tables name it: its path and its type."""
+        return f"{self.layer} {self.kind}".strip()
+
+    @property
+    def gradient(self) -> bool:
+        """Whether the row is about a gradient and not about an output."""
+        return "dL/" in self.kind
+
+
+class Problem:
+    """What is expected of every trace in one dtype.
+
+    Attributes:
+        reference: what the candidates are compared with.
+        model: the exact chain of the model itself.
+        exact: that of the reference's layers and parameters, where it is a module with the model's
+            layers; else the model's own.
+        paired: for each place of the model that of `exact`.
+        mismatch: where a reference that is a module has other layers than the model.
+    """
+
+    def __init__(self, model: nn.Module, input: Any, reference: Reference, dtype: torch.dtype):
+        self.reference = reference
+        self.model = self.exact = Exact(model, input, dtype)
+        self.paired = {path: path for path in self.model.places}
+        self.mismatch = ""
+        self.end = self.model.end
+        if reference.module is not None:
+            other = Exact(reference.module, input, dtype)
+            self.mismatch, pairs = _pair(self.model, other)
+            self.end = other.end
+            if not self.mismatch:
+                self.exact, self.paired = other, pairs
+        ours = [self.paired.get(path) for path in self.model.steps]
+        self.is_chain = ours == self.exact.steps
+
+    @property
+    def precision(self) -> Precision:
+        """What the dtype rounds to."""
+        return self.exact.precision
+
+    def isolated(self, call: Call) -> Expected | None:
+        """What the call's place should give for what it got; None where nobody can say."""
+        given = (call.args, call.kwargs)
+        path = self.paired.get(call.path)
+        expected = None if path is None else self.exact.at(path, given)
+        source = self.reference.sources.get(call.path) if call.path else None
+        if source is None:
+            return self._independent(expected)
+        answer = source(given, self.model.dtype != torch.float64)
+        own = None if path is None else self.exact.at(path, given, None, answer.precision)
+        return _allowing(answer, expected, own)
+
+    def chained(self, index: int) -> Expected | None:
+        """What comes out of that step of the chain."""
+        chain = self.exact.chain() if self.is_chain else []
+        return self._independent(chain[index]) if index < len(chain) else None
+
+    def recorded(self, path: str) -> Expected:
+        """What came out elsewhere at a place within the model."""
+        answer = self.reference.recorded[path]
+        inside = (self.model.inside(path, each) for each in (self.precision, answer.precision))
+        return _allowing(answer, *inside)
+
+    @cached_property
+    def output(self) -> Expected | None:
+        """What the model should give for its input; None where nobody can say."""
+        answer = self.reference.recorded.get("")
+        if "" in self.reference.sources:
+            given = split(self.model.input)
+            answer = self.reference.sources[""](given, self.model.dtype != torch.float64)
+        if answer is None:
+            return self._independent(self.end())
+        return _allowing(answer, self.end(), self.end(answer.precision))
+
+    def _independent(self, expected: Expected | None) -> Expected | None:
+        """A float64 run of another model is no run of its own."""
+        if expected is None or self.reference.module is None or expected.basis != ITSELF:
+            return expected
+        return replace(expected, basis=ESTIMATED)
+
+    @property
+    def unjudged(self) -> tuple[str, ...]:
+        """The steps that nothing independent judged."""
+        if self.reference.judges_output:
+            return ()
+        covered = self.reference.sources.keys() | self.reference.recorded.keys()
+        places = [self.model.places[path] for path in dict.fromkeys(self.model.steps)]
+        return tuple(
+            f"{place.label} {place.kind}"
+            for place in places
+            if place.layer is None and place.path not in covered
+        )
+
+
+def _allowing(answer: Answer, expected: Expected | None, own: Expected | None) -> Expected:
+    """What a reference gave, its own rounding errors allowed beside the candidate's."""
+    values = leaves(answer.output)
+    if expected is None or own is None or len(values) != len(expected.bounds):
+        # Nothing is known but the numbers' size.
+        bounds = {name: _nominal(value, answer.precision) for name, value in values.items()}
+        return Expected(answer.output, bounds, ESTIMATED)
+    both = [a + b for a, b in zip(expected.bounds.values(), own.bounds.values(), strict=True)]
+    basis = ROUNDING if expected.basis == ROUNDING else ESTIMATED
+    return Expected(answer.output, dict(zip(values, both, strict=True)), basis)
+
+
+def _nominal(value: Array, precision: Precision) -> Array:
+    size = np.max(np.abs(value), initial=0.0, where=np.isfinite(value))
+    return np.full(value.shape, 64 * precision.roundoff * float(size))
+
+
+def _pair(model: Exact, other: Exact) -> tuple[str, dict[str, str]]:
+    """Where the layers of the two first differ, in words, or the places of `other` by ours."""
+    ours, theirs = _called(model), _called(other)
+    for place, partner in zip_longest(ours, theirs):
+        expected = _signature(place, model) if place else "nothing more"
+        got = _signature(partner, other) if partner else "nothing more"
+        if expected != got:
+            where = (
+                f"the model's layer {place.label!r} is {expected}" if place else "the model ends"
+            )
+            return f"where {where}, the reference has {got}", {}
+    return "", {a.path: b.path for a, b in zip(ours, theirs, strict=True)}
+
+
+def _called(exact: Exact) -> list[Place]:
+    return [
+        place
+        for place in exact.places.values()
+        if place.layer is None or place.path in exact.arguments
+    ]
+
+
+def _signature(place: Place, exact: Exact) -> str:
+    """What must be the same of two layers that are paired: the computation and its shapes."""
+    if place.layer is None:
+        return "a module with its own forward"
+    arguments = exact.arguments[place.path].items()
+    shapes = [f"{name}={getattr(value, 'shape', value)}" for name, value in arguments]
+    return f"{place.layer.name}({', '.join(shapes)})"
+
+
+def judge(trace: Trace, problem: Problem) -> list[Row]:
+    """A row for each call that the trace shows, and for the output where the calls miss it."""
+    rows: list[Row] = []
+    wrong = False  # whether a row before differs
+    times: Counter[str] = Counter()
+    step = 0
+    last: Any = None
+    for call in trace.calls:
+        place = problem.model.places.get(call.path)
+        whole = place is not None and place.layer is None and not place.path
+        if whole and problem.reference.judges_output:
+            continue
+        isolated, chained = problem.isolated(call), None
+        if step < len(problem.model.steps) and call.path == problem.model.steps[step]:
+            chained = problem.chained(step)
+            step, last = step + 1, call.output
+        if call.path in problem.reference.recorded and call.path:
+            chained = problem.recorded(call.path)
+        if isolated is None and chained is None:
+            continue
+        times[call.path] += 1
+        label = place.label if place else call.path
+        again = f" (call {times[call.path]})" if times[call.path] > 1 else ""
+        excess = None
+        if place and place.layer and isolated and call.path not in problem.reference.sources:
+            arguments = problem.exact.arguments[problem.paired[call.path]]
+            excess = _excess(place.layer, call, isolated, arguments, problem.precision)
+        found = _rows(
+            trace, label + again, call.kind, call.output, isolated, chained, excess, wrong
+        )
+        rows += found
+        wrong = wrong or any(row.state == DIFFERS for row in found)
+    named = problem.reference.sources.keys() | problem.reference.recorded.keys()
+    shown = last is not None and step == len(problem.model.steps) and _same(last, trace.output)
+    if problem.output is not None and ("" in named or problem.mismatch or not shown):
+        label, kind = "(output)", type(problem.model.model).__name__
+        if not trace.calls and problem.is_chain and "" not in named:
+            place = problem.model.places[problem.model.steps[-1]]
+            label, kind = place.label, place.kind
+        found = _rows(trace, label, kind, trace.output, None, problem.output, None, wrong)
+        rows += [_who_is_far(row, trace, problem) if not row.ok else row for row in found]
+    return [*_twice(trace, problem), *rows]
+
+
+def _same(a: Any, b: Any) -> bool:
+    pairs = zip_longest(leaves(a).values(), leaves(b).values())
+    return all(
+        one is not None and two is not None and np.array_equal(one, two, equal_nan=True)
+        if one is None or two is None or one.dtype.kind == "f"
+        else np.array_equal(one, two)
+        for one, two in pairs
+    )
+
+
+def _rows(
+    trace: Trace,
+    label: str,
+    kind: str,
+    output: Any,
+    isolated: Expected | None,
+    chained: Expected | None,
+    excess: float | None,
+    wrong: bool,
+) -> list[Row]:
+    """A row for each array of an output."""
+    values = leaves(output)
+    some = isolated or chained
+    assert some is not None
+    found = []
+    names = list(values) if len(values) == len(some.bounds) else [*values, *some.bounds][:1]
+    for index, name in enumerate(names):
+        measured = [
+            None
+            if each is None
+            else _measured(list(values.values()), each, index, PRECISIONS[trace.dtype])
+            for each in (isolated, chained)
+        ]
+        bases = [each.basis for each in (isolated, chained) if each is not None]
+        found.append(
+            make_row(trace, label + name, kind, measured[0], measured[1], bases, excess, wrong)
+        )
+    return found
+
+
+def _measured(
+    values: list[Array], expected: Expected, index: int, precision: Precision
+) -> Measured:
+    """One array of an output against the one that is expected at its place."""
+    theirs, bounds = list(expected.values.values()), list(expected.bounds.values())
+    if len(values) != len(theirs):
+        return measure(np.zeros(len(values)), np.zeros(len(theirs)), np.zeros(1), precision)
+    value, exact, bound = values[index], theirs[index], bounds[index]
+    if bound.shape != exact.shape:
+        bound = np.full(exact.shape, np.max(bound, initial=0.0))
+    return measure(value, exact, bound, precision)
+
+
+def make_row(
+    trace: Trace,
+    label: str,
+    kind: str,
+    isolated: Measured | None,
+    chained: Measured | None,
+    bases: list[str],
+    excess: float | None = None,
+    wrong: bool = False,
+) -> Row:
+    """A row from what was measured of a layer; `wrong`: an earlier layer of the trace differs."""
+    shown = [each for each in (isolated, chained) if each is not None]
+    decisive = max(shown, key=lambda measured: measured.ratio)
+    basis = bases[shown.index(decisive)]
+    state, reason = OK, ""
+    if decisive.ratio > 1:
+        state = INPUT if decisive is not isolated and isolated is not None and wrong else DIFFERS
+        reason = _reason(decisive, basis)
+    elif shown[0].size and shown[0].unbounded == shown[0].size:
+        state, reason = NOTHING, f"{trace.dtype} may overflow in every element"
+    elif excess is not None and excess > EXCESS_LIMIT:
+        state, basis = DIFFERS, EXCESS
+        reason = (
+            f"its errors are {excess:.3g} times those of plain sums in {trace.dtype}; up to "
+            f"{EXCESS_LIMIT:g} is rounding"
+        )
+    return Row(
+        candidate=trace.name,
+        device=trace.device,
+        dtype=trace.dtype,
+        layer=label,
+        kind=kind,
+        state=state,
+        max_abs=shown[0].max_abs,
+        max_ulp=shown[0].max_ulp,
+        bit_equal=shown[0].bit_equal,
+        isolated_ratio=None if isolated is None else isolated.ratio,
+        chained_ratio=None if chained is None else chained.ratio,
+        chained_ulp=None if chained is None else chained.max_ulp,
+        bound_ratio=decisive.ratio,
+        excess=excess,
+        basis=basis,
+        reason=reason,
+        worst=decisive.worst,
+        ulps=shown[0].ulps,
+        unbounded=max(each.unbounded for each in shown),
+    )
+
+
+#: Who gave the number that a candidate's is compared with.
+_WHO = {ROUNDING: "NumPy", ESTIMATED: "the reference", ITSELF: "its own float64 run"}
+
+
+def _reason(measured: Measured, basis: str) -> str:
+    worst = measured.worst
+    if measured.shapes:
+        return f"shape {measured.shapes[0]} where {_WHO[basis]} gives {measured.shapes[1]}"
+    times = f"{measured.ratio:.3g} times" if np.isfinite(measured.ratio) else "infinitely far from"
+    return (
+        f"{worst.value:.9g} at {list(worst.index)} where {_WHO[basis]} gives {worst.expected:.9g}, "
+        f"{times} what rounding explains"
+    )
+
+
+def _excess(
+    layer: Layer, call: Call, expected: Expected, arguments: dict[str, Any], precision: Precision
+) -> float | None:
+    """Root mean square of the error over that of an honest computation in the same precision.
+
+    The honest one is at least u / sqrt(3) of the output's root mean square: a number may be right
+    by luck.
+    """
+    if layer.honest is None or expected.basis != ROUNDING:
+        return None
+    x, y = (array.reshape(-1, array.shape[-1]) for array in (call.input, expected.values[""]))
+    value = np.asarray(call.output)
+    if value.size != y.size or not y.size:
+        return None
+    most = max(1, min(_HONEST_ROWS, _HONEST_PRODUCTS // max(1, x.shape[1] * y.shape[1])))
+    few = slice(None, None, -(-len(x) // most))
+    x, y, value = x[few], y[few], value.reshape(y.shape)[few]
+    honest = layer.honest(x, precision, **arguments)
+    usable = np.isfinite(y) & np.isfinite(value) & np.isfinite(honest).all(axis=0)
+    usable &= np.abs(y) < precision.largest
+    if not usable.any():
+        return None
+    size = _rms(y[usable])
+    floor = precision.roundoff * size / math.sqrt(3) + 2 * (precision.tiny + precision.stored_tiny)
+    flushed = precision.tiny * x.shape[1] * (1 + float(np.max(np.abs(x))))
+    error = _rms((value - y)[usable])
+    return error / max(_rms(honest[:, usable]), floor + flushed) if error else 0.0
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def _who_is_far(row: Row, trace: Trace, problem: Problem) -> Row:
+    """Beside a reference that differs: how far each of the two is from the model in float64."""
+    model, expected = problem.model.end(), problem.output
+    if model is None or expected is None or not problem.reference.judges_output:
+        return row
+    far = []
+    for values in (leaves(trace.output), expected.values):
+        arrays = list(values.values())
+        ratios = [_measured(arrays, model, i, problem.precision).ratio for i in range(len(arrays))]
+        far.append(max(ratios, default=0.0))
+    if min(far) > 1:
+        words = "both are far from the model's own layers and parameters in float64"
+    elif far[0] > 1:
+        words = "the candidate is far from the model's own layers and parameters in float64"
+    else:
+        words = "the candidate computes what the model's own layers and parameters give in float64"
+    numbers = f"{far[0]:.2g} times the bound for the candidate, {far[1]:.2g} for the reference"
+    return replace(row, reason=f"{row.reason}; {words} ({numbers})")
+
+
+def _twice(trace: Trace, problem: Problem) -> Iterator[Row]:
+    """A row where two runs on the same input differ by more than rounding explains."""
+    if trace.again is None or _same(trace.output, trace.again):
+        return
+    first = leaves(trace.output)
+    bounds = {}
+    known = problem.model.end()
+    for index, (name, value) in enumerate(first.items()):
+        bounds[name] = _nominal(value, problem.precision)
+        if known is not None and len(known.bounds) == len(first):
+            bound = list(known.bounds.values())[index]
+            bounds[name] = 2 * bound if bound.shape == value.shape else bounds[name]
+    expected = Expected(trace.output, bounds, ESTIMATED)
+    kind = type(problem.model.model).__name__
+    for row in _rows(trace, "(output)", kind, trace.again, None, expected, None, False):
+        if row.state == DIFFERS:
+            words = (
+                f"two runs on the same input gave {row.worst.expected:.9g} and "
+                f"{row.worst.value:.9g} at {list(row.worst.index)}"
+            )
+            yield replace(row, basis=TWICE, reason=words)

@@ -1,0 +1,366 @@
+"""Models, and what of them can be judged: the table of layers, the walk, and the run elsewhere.
+
+A *place* is a module of the model at which something is judged. A *step* is a place of the chain
+that leads from the input to the output: a layer with a formula, or a module that has its own
+forward. A model is always a chain of steps; one with its own forward is a chain of a single one.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from torchnnfs.testing.layers import Forward, Layer, dense, normalise, pointwise, reshape, softmax
+from torchnnfs.testing.precision import Array
+
+#: The home of each type of layer. Whatever derives from a type is judged as that type is.
+LAYERS: dict[type[nn.Module], Layer] = {
+    nn.Linear: dense.DENSE,
+    nn.Conv1d: dense.CONV1D,
+    nn.Conv2d: dense.CONV2D,
+    nn.Embedding: dense.EMBEDDING,
+    nn.ReLU: pointwise.RELU,
+    nn.LeakyReLU: pointwise.LEAKY_RELU,
+    nn.Tanh: pointwise.TANH,
+    nn.Sigmoid: pointwise.SIGMOID,
+    nn.GELU: pointwise.GELU,
+    nn.Identity: pointwise.IDENTITY,
+    nn.Dropout: pointwise.DROPOUT,
+    nn.Softmax: softmax.SOFTMAX,
+    nn.LogSoftmax: softmax.LOG_SOFTMAX,
+    nn.LayerNorm: normalise.LAYER_NORM,
+    nn.BatchNorm1d: normalise.BATCH_NORM,
+    nn.BatchNorm2d: normalise.BATCH_NORM,
+    nn.Flatten: reshape.FLATTEN,
+    nn.MaxPool2d: reshape.MAX_POOL2D,
+    nn.AvgPool2d: reshape.AVG_POOL2D,
+}
+
+#: How the arguments of a registered formula are read off a layer, where that was said.
+_READERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {}
+
+#: What a layer's formula does not cover: its own float64 run judges such a layer.
+_NOT_COVERED: dict[str, Callable[[Any], bool]] = {
+    "running_mean": lambda value: value is None,
+    "return_indices": bool,
+    "max_norm": lambda value: value is not None,
+}
+
+
+def register(
+    module_type: type[nn.Module],
+    forward: Forward | None = None,
+    bound: Callable[..., Array] | None = None,
+    arguments: Callable[[Any], dict[str, Any]] | None = None,
+    *,
+    like: type[nn.Module] | None = None,
+) -> None:
+    """Let `compare` judge layers of a type of your own, and of what derives from it.
+
+    Args:
+        module_type: the type.
+        forward: its formula in NumPy, ``forward(x, **arguments)``, on float64 arrays.
+        bound: ``bound(x, error, precision, **arguments)``: how far a computed output may stray when
+            the input has the error `error`; see `torchnnfs.testing.layers.Layer`. None: it is
+            estimated, and the rows say so.
+        arguments: reads the arguments off a layer, its parameters as float64 arrays. None: they
+            are the layer's attributes of the same names as the formula's parameters behind `x`.
+        like: a type that is known already; the layer is judged as that type is. Takes the place of
+            a formula.
+
+    Raises:
+        TypeError: `module_type` is no type of module; neither or both of `forward` and `like`;
+            `like` is a type that is not known.
+
+    Example:
+        >>> import numpy as np
+        >>> from torch import nn
+        >>> from torchnnfs import Dense, compare, spiral
+        >>> class Square(nn.Module):
+        ...     def forward(self, input):
+        ...         return input * input
+        >>> register(Square, lambda x: x * x)
+        >>> compare(nn.Sequential(Dense(2, 3), Square()), spiral()[0]).ok
+        True
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"register expects a type of torch.nn.Module, got {module_type!r}")
+    if (forward is None) == (like is None):
+        raise TypeError(
+            f"register expects for {module_type.__name__} either a formula or like=, a type that "
+            f"is known, got {'neither' if forward is None else 'both'}"
+        )
+    if forward is not None:
+        formula = forward
+        LAYERS[module_type] = Layer(
+            f"{module_type.__name__}, registered",
+            formula,
+            bound,
+            controls={
+                f"{module_type.__name__} times 1 + 1e-3": lambda x, **arguments: (
+                    formula(x, **arguments) * (1 + 1e-3)
+                )
+            },
+        )
+    else:
+        known = next((kind for kind in getattr(like, "__mro__", ()) if kind in LAYERS), None)
+        if known is None:
+            names = ", ".join(sorted(kind.__name__ for kind in LAYERS))
+            raise TypeError(f"register expects like= to be one of {names}, got {like!r}")
+        LAYERS[module_type] = LAYERS[known]
+    _READERS.pop(module_type, None)
+    if arguments is not None:
+        _READERS[module_type] = arguments
+
+
+def _known_type(module: nn.Module) -> type[nn.Module] | None:
+    return next((kind for kind in type(module).__mro__ if kind in LAYERS), None)
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """What is known of the module's type or of the nearest type it derives from."""
+    kind = _known_type(module)
+    if kind is None or any(
+        hasattr(module, name) and beyond(getattr(module, name))
+        for name, beyond in _NOT_COVERED.items()
+    ):
+        return None
+    return LAYERS[kind]
+
+
+def arguments_of(module: nn.Module) -> dict[str, Any]:
+    """The arguments of the module's formula: its attributes, tensors as float64 arrays.
+
+    Raises:
+        ValueError: a layer in training mode whose formula is that of eval mode.
+    """
+    kind, layer = _known_type(module), layer_of(module)
+    if kind is None or layer is None:
+        return {}
+    if layer.eval_only and module.training and getattr(module, "p", 1) > 0:
+        raise ValueError(
+            f"compare expects {module} to be in eval mode, got it in training mode, where it "
+            "depends on chance or on the batch; call model.eval() first"
+        )
+    if kind in _READERS:
+        return _READERS[kind](module)
+    found = {}
+    for name, parameter in _parameters_of(layer.forward).items():
+        if hasattr(module, name):
+            value = getattr(module, name)
+            found[name] = to_numpy(value) if isinstance(value, Tensor) else value
+        elif parameter.default is parameter.empty:
+            raise ValueError(
+                f"compare expects {type(module).__name__} to have an attribute {name!r}, as its "
+                "registered formula takes it; name a reader with register(..., arguments=...)"
+            )
+    return found
+
+
+def _parameters_of(forward: Forward) -> dict[str, inspect.Parameter]:
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    except ValueError:  # a function in C without a signature
+        return {}
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {each.name: each for each in parameters if each.kind in kinds}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module at which something is judged.
+
+    Attributes:
+        path: where it is in the model, as `nn.Module.get_submodule` takes it.
+        module: the module.
+        layer: what is known of it; None: its own float64 run judges it.
+        step: whether it is a step of the chain from the input to the output.
+    """
+
+    path: str
+    module: nn.Module
+    layer: Layer | None
+    step: bool
+
+    @property
+    def kind(self) -> str:
+        """The name of the module's type."""
+        return type(self.module).__name__
+
+    @property
+    def label(self) -> str:
+        """How rows name the place; the whole of a model with its own forward is "(output)"."""
+        return self.path or ("" if self.layer else "(output)")
+
+
+def walk(model: nn.Module) -> list[Place]:
+    """The places of `model`, the steps in the order of their calls, shared ones each time.
+
+    Inside a module with its own forward the layers are places, in the order of registration.
+    """
+    first: dict[int, str] = {}
+    return [
+        Place(first.setdefault(id(each.module), each.path), each.module, each.layer, each.step)
+        for each in _walk(model, "", True)
+    ]
+
+
+def _walk(module: nn.Module, path: str, step: bool) -> Iterator[Place]:
+    layer = layer_of(module)
+    children = list(module._modules.items())
+    plain = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    if layer is not None or not children or (step and not plain):
+        yield Place(path, module, layer, step)
+    if layer is None:
+        for name, child in children:
+            if child is not None:
+                yield from _walk(child, f"{path}.{name}" if path else name, step and plain)
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """The tensor's exact values as an array of its own; floating-point ones in float64."""
+    tensor = tensor.detach().cpu()  # first to the CPU: not every accelerator has float64
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.float64)
+    array: Array = np.array(tensor.numpy())
+    return array
+
+
+def convert(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """`value` with `change` of each `kind` in its tuples, lists and dictionaries."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: convert(entry, kind, change) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(convert(entry, kind, change) for entry in value)
+    return value
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Each tensor or array in tuples, lists and dictionaries, by where it is: ``[0]['h']``."""
+    if isinstance(value, Tensor | np.ndarray):
+        return {name: value}
+    entries: list[tuple[Any, Any]] = []
+    if isinstance(value, Mapping):
+        entries = list(value.items())
+    elif isinstance(value, list | tuple):
+        entries = list(enumerate(value))
+    return {
+        path: leaf
+        for key, entry in entries
+        for path, leaf in leaves(entry, f"{name}[{key!r}]").items()
+    }
+
+
+def cast(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """Copies of all tensors in `value` on `device`, the floating-point ones in `dtype`."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(device, kind, copy=True)
+
+    return convert(value, Tensor, moved)
+
+
+def split(input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments: a tuple is the first, a dictionary the second."""
+    if isinstance(input, Mapping):
+        return (), dict(input)
+    return (input if isinstance(input, tuple) else (input,)), {}
+
+
+def call(function: Callable[..., Any], input: Any) -> Any:
+    """`function` of an input as `split` reads it."""
+    args, kwargs = split(input)
+    return function(*args, **kwargs)
+
+
+def own_dtype(model: nn.Module, input: Any) -> torch.dtype:
+    """The dtype of most of the model's numbers; without parameters, that of the input."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in (*model.parameters(), *leaves(input).values()):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            is_parameter = isinstance(tensor, nn.Parameter)
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel() * is_parameter
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def state_of(
+    model: nn.Module,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    stored: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The model's parameters and buffers on `device` in `dtype`, by their names.
+
+    With `stored`, their values are those that this dtype stores. A parameter that need not change
+    is the model's own, so that its hooks see its gradient.
+    """
+    state = {name: _moved(each, device, dtype, stored) for name, each in model.named_parameters()}
+    for name, buffer in model.named_buffers():
+        state[name] = _moved(buffer.clone(), device, dtype, stored)
+    return state
+
+
+def _moved(
+    tensor: Tensor, device: torch.device | str, dtype: torch.dtype, stored: torch.dtype | None
+) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.to(device)
+    return tensor.to(stored or dtype).to(device, dtype)
+
+
+_BORROWED = threading.RLock()
+
+
+@contextmanager
+def borrowed(
+    model: nn.Module,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    stored: torch.dtype | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> Iterator[Callable[..., Any]]:
+    """The model as a function of its arguments, with `state`, or what `state_of` gives.
+
+    The model is not copied: `torch.func.functional_call` puts other tensors in the place of its
+    own. Whatever a forward keeps (``self.output = ...``) is gone behind the block.
+    """
+    others = dict(state_of(model, device, dtype, stored) if state is None else state)
+    with _BORROWED:
+        kept = [(module, dict(vars(module))) for module in model.modules()]
+        default = torch.get_default_dtype()
+        try:
+            for module, attributes in kept:
+                for name, value in attributes.items():
+                    if isinstance(value, Tensor):
+                        vars(module)[name] = _moved(value.detach(), device, dtype, stored)
+            if own_dtype(model, ()) != dtype:
+                torch.set_default_dtype(dtype)  # for tensors that a forward makes
+            yield lambda *args, **kwargs: functional_call(model, others, args, kwargs)
+        finally:
+            torch.set_default_dtype(default)
+            for module, attributes in kept:
+                vars(module).clear()
+                vars(module).update(attributes)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of `model`; tensors with a history, which Python cannot copy, lose it there."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in leaves(dict(vars(module))).values():
+            if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,57 @@
+"""What a comparison found: all that a report is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torchnnfs.testing.controls import Control
+from torchnnfs.testing.judge import DIFFERS, Row
+from torchnnfs.testing.precision import Array
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a comparison found.
+
+    Attributes:
+        rows: one `Row` for each candidate and call of a layer, in order.
+        unjudged: the parts of the model that nothing independent judged, by their labels: modules
+            with a forward of their own where no reference was given.
+        controls: what became of deliberately broken copies of the model.
+        environment: versions, devices and settings that the numbers depend on.
+        notes: what a reader has to know beside the rows.
+        input: the model's input; the first array of several.
+        output: what the first candidate gave for it; the first array of several.
+    """
+
+    rows: tuple[Row, ...]
+    unjudged: tuple[str, ...]
+    controls: tuple[Control, ...]
+    environment: dict[str, str]
+    notes: tuple[str, ...]
+    input: Array = field(repr=False)
+    output: Array = field(repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row is: what was judged agrees; see `unjudged`."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def proves_little(self) -> bool:
+        """Whether the controls say so: one passed as correct, or none could be told apart."""
+        outcomes = [control.outcome for control in self.controls]
+        return bool(outcomes) and ("passed" in outcomes or "rejected" not in outcomes)
+
+    @property
+    def first_divergence(self) -> Row | None:
+        """The first row that differs, in order of candidates and layers."""
+        return next((row for row in self.rows if row.state == DIFFERS), None)
+
+    @property
+    def by_candidate(self) -> dict[str, list[Row]]:
+        """The rows of each candidate, by its name, device and dtype."""
+        grouped: dict[str, list[Row]] = {}
+        for row in self.rows:
+            grouped.setdefault(f"{row.candidate} on {row.device} in {row.dtype}", []).append(row)
+        return grouped
