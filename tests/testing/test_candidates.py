@@ -6,7 +6,7 @@ from torch import nn
 
 from torchnnfs import Dense, ReLU, Softmax, classifier, compare, spiral
 from torchnnfs.testing import Candidate, MissingExtraError, candidates
-from torchnnfs.testing.candidates import KINDS, choose, missing
+from torchnnfs.testing.candidates import KINDS, choose
 
 
 @pytest.fixture(params=[name for name in KINDS if name != "eager"])

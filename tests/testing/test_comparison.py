@@ -156,9 +156,10 @@ def test_any_composition(device):
     calls = ["branch.dense", "branch.relu", "shared", "shared (call 2)", "(output)"]
     assert layers == calls * 2
     assert [row.chained_ratio is None for row in comparison.rows] == ([True] * 4 + [False]) * 2
-    assert [row.basis for row in comparison.rows] == (["rounding"] * 4 + ["sampled"]) * 2
-    assert comparison.notes[0].startswith("Residual is no plain chain of layers")
-    assert comparison.notes[1] == "Never called, so not judged: unused."
+    assert comparison.unjudged == ("(output) Residual",)
+    assert comparison.verdict.startswith("AGREES AS FAR AS JUDGED: ")
+    assert [row.basis for row in comparison.rows] == (["rounding"] * 4 + ["own float64 run"]) * 2
+    assert comparison.notes[0] == "Never called, so not judged: unused."
     assert all(note in str(comparison) for note in comparison.notes)
 
 
@@ -230,10 +231,11 @@ def test_a_module_that_bypasses_its_layers_is_judged_by_a_reference(chapter):
     assert compare(Functional(0.0), points, reference=model).ok
     comparison = compare(Functional(0.01), points, reference=model)
     assert comparison.first_divergence.layer == "(output)"
-    assert comparison.notes[0].startswith("Only the output of Functional is judged: where the mo")
+    assert comparison.notes[0].startswith("The reference judges the output alone: where the mode")
     alone = compare(Functional(0.01), points)
-    assert alone.ok  # it is itself, and the notes say that this proves little
-    assert "name a reference" in alone.notes[0]
+    assert alone.ok  # it is itself, and the verdict says that this proves little
+    assert alone.unjudged == ("(output) Functional",)
+    assert "Nothing independent judged (output) Functional" in alone.verdict
 
 
 def test_nnfs_init_does_not_reach_the_judge(chapter):
@@ -294,8 +296,12 @@ def test_where_the_dtype_may_overflow_there_is_no_verdict_and_a_note():
         model.weight.fill_(2)
         model.bias.fill_(-3e38)
     comparison = compare(model, torch.full((1, 1), 2e38))  # 4e38 overflows, 1e38 does not
-    assert comparison.ok
-    assert "float32 may overflow in layer Linear: 1 elements of eager" in comparison.notes[0]
+    assert not comparison.ok
+    assert comparison.first_divergence is None
+    assert comparison.verdict.startswith("NOT JUDGED: eager on cpu in float32, layer Linear: ")
+    some = compare(model, torch.tensor([[2e38], [0.0]]))
+    assert some.ok
+    assert "float32 may overflow in layer Linear: 1 elements of eager" in some.notes[0]
 
     class Zero(nn.Linear):
         def forward(self, input):
@@ -433,20 +439,19 @@ NAN = torch.tensor([[1.0, float("nan")]])
     ("model", "input", "keywords", "error", "message"),
     [
         (lambda x: x, NAN, {}, TypeError, "model to be a torch.nn.Module, got builtins.function"),
-        (nn.Sequential(), NAN, {}, TypeError, "no NumPy computation for Sequential"),
-        (Dense(2, 3), [[1.0, 2.0]], {}, TypeError, "to be a torch.Tensor, got builtins.list; call"),
-        (Dense(2, 3), np.ones((1, 2)), {}, TypeError, "to be a torch.Tensor, got numpy.ndarray"),
-        (Dense(2, 3), torch.ones(1, 2).long(), {}, TypeError, "input, got torch.int64; call"),
+        (Dense(2, 3), [[1.0, 2.0]], {}, TypeError, "of tensors, got builtins.list; call"),
+        (Dense(2, 3), np.ones((1, 2)), {}, TypeError, "of tensors, got numpy.ndarray"),
+        (Dense(2, 3), (), {}, TypeError, "of tensors, got builtins.tuple; call"),
+        (Dense(2, 3), torch.ones(1, 2) * 1j, {}, TypeError, "real numbers, got torch.complex64"),
         (Dense(2, 3), torch.ones(0, 2), {}, ValueError, r"at least one sample.*\(0, 2\)"),
         (Dense(2, 3), NAN, {}, ValueError, r"got nan in input at \(0, 1\).*\(1 of 2 are"),
         (Dense(2, 3), -1 / torch.zeros(1, 2), {}, ValueError, r"got -inf in input at \(0, 0\)"),
         (Dense(2, 3), torch.ones(1, 2, device="meta"), {}, ValueError, "on the meta device"),
         (Dense(2, 3, device="meta"), torch.ones(1, 2), {}, ValueError, "'weight' on the meta dev"),
-        (nn.Sequential(nn.Tanh()), torch.ones(1, 2), {}, TypeError, "for Tanh at '0' in the model"),
-        (Dense(2, 3), torch.tensor(1.0), {}, ValueError, r"at least one sample.* shape \(\)"),
-        (Dense(2, 3), torch.ones(1, 2), {"reference": 3}, TypeError, "list of objects .* got int"),
-        (Dense(2, 3), torch.ones(1, 2), {"reference": [ReLU()] * 2}, ValueError, r"1 layers .*2$"),
-        (Dense(2, 3), torch.ones(1, 2), {"reference": [3]}, TypeError, "method forward, got int"),
+        (Dense(2, 3), torch.ones(1, 2), {"reference": 3}, TypeError, "a function, .* got 3"),
+        (Dense(2, 3), torch.ones(1, 2), {"reference": []}, ValueError, "at least one object"),
+        (Dense(2, 3), torch.ones(1, 2), {"reference": [3]}, TypeError, "reference number 0 .* got 3"),
+        (Dense(2, 3), torch.ones(1, 2), {"reference": {"a": 3}}, ValueError, "in the model, got 'a'"),
         (nn.Softmax(), torch.ones(1, 2), {}, ValueError, "Softmax to name its dim"),
         (Dense(2, 3), torch.ones(1, 2), {"candidates": ["jit"]}, ValueError, "candidate 'jit'; kn"),
         (Dense(2, 3), torch.ones(1, 2), {"candidates": "eager"}, ValueError, "a list of candidat"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchnnfs.testing import golden, html, plot, report
-from torchnnfs.testing.candidates import DTYPES, Candidate, Trace, choose, resolved
+from torchnnfs.testing.candidates import DTYPES, Candidate, Trace, choose, dtype_name, resolved
 from torchnnfs.testing.controls import Control, try_controls
 from torchnnfs.testing.environment import describe, precision_notes
 from torchnnfs.testing.files import write_whole
@@ -198,17 +198,20 @@ def _compare(
 ) -> Comparison:
     # Phase 1: traces.
     traces: list[Trace] = []
+    problems: dict[str, Problem] = {}
     for candidate in chosen:
         progress(f"{candidate.name} on {candidate.device} in {candidate.dtype}")
         assert candidate.dtype is not None
         check_finite(model, "model", input, candidate.dtype)
         if reference.module is not None:
             check_finite(reference.module, "reference", input, candidate.dtype)
+        name = dtype_name(candidate.dtype)
+        if name not in problems:
+            problems[name] = Problem(model, input, reference, candidate.dtype)
         traces.append(candidate.run(model, input, [*reference.sources, *reference.recorded]))
     here = golden.setting(model, input)
     recorded = golden.load(golden_file, here) if golden_file else []
     # Phase 2: rows.
-    problems: dict[str, Problem] = {}
     rows: list[Row] = []
     ran = dict(zip(map(id, traces), chosen, strict=True))
     for trace in [*traces, *recorded]:

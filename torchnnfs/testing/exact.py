@@ -188,18 +188,18 @@ class Exact:
         Parametrized and pruned layers make their weights then.
         """
 
-        def after(path: str, module: nn.Module, output: Any) -> None:
+        def before(path: str, args: Any, kwargs: Any) -> None:
             if path not in self.arguments:
-                self.arguments[path] = arguments_of(module)
+                self.arguments[path] = arguments_of(known[path])
 
-        known = {path: place.module for path, place in self.places.items() if place.layer}
+        known = {place.path: place.module for place in self.places.values() if place.layer}
         if not known:
             return
         with (
             torch.no_grad(),
             same_chance(),
             borrowed(self.model, "cpu", self.dtype) as run,
-            hooked(known, lambda path, args, kwargs: None, after),
+            hooked(known, before, lambda path, module, output: None),
         ):
             given = convert(self.input, np.ndarray, torch.from_numpy)
             call(run, cast(given, "cpu", self.dtype))

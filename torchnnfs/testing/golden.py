@@ -85,6 +85,8 @@ def load(name: str, here: Setting) -> list[Trace]:
             raise ValueError(
                 f"{name!r} was made from another {key}; it takes the same data, network and seed"
             )
+    if not runs:
+        raise ValueError(f"{name!r} holds no runs")
     if layers != here.layers:
         raise ValueError(f"{name!r} was made from another network: its layers are {layers}")
     try:

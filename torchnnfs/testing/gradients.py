@@ -59,6 +59,7 @@ def _gradients(
     device, dtype = candidate.device, candidate.dtype
     assert dtype is not None
     parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
     state = state_of(model, device, dtype)
     for name in parameters:
         if state[name].is_floating_point() and not state[name].requires_grad:
@@ -114,8 +115,9 @@ def _gradients(
                     value = gradient(call.input) if is_chain else _own(call, g)
                     yield call.path, f"{kind} dL/dx", value, pair
                 continue
-            full = f"{call.path}.{name}" if call.path else name
-            if full in state and full in parameters:  # a parametrized layer has none of that name
+            # A parametrized layer has no parameter of that name; a tied one has another's.
+            full = names.get(id(getattr(call.module, name)))
+            if full is not None:
                 _add(totals, state[full], call.path, f"{kind} {_SYMBOLS[name]}", pair, problem)
     for path, kind, tensor, exact, bound in totals.values():
         yield path, kind, gradient(tensor), (exact, bound)

@@ -40,7 +40,9 @@ def check_input(input: Any) -> None:
         )
     for name, tensor in tensors.items():
         if tensor.is_meta:
-            raise ValueError(f"compare expects an input{name} with values, got one on meta")
+            raise ValueError(
+                f"compare expects an input{name} with values, got one on the meta device"
+            )
         if tensor.is_complex():
             raise TypeError(f"compare expects real numbers, got {tensor.dtype} in input{name}")
         if tensor.numel() == 0:

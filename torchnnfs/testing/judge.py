@@ -419,7 +419,8 @@ def _excess(
     most = max(1, min(_HONEST_ROWS, _HONEST_PRODUCTS // max(1, x.shape[1] * y.shape[1])))
     few = slice(None, None, -(-len(x) // most))
     x, y, value = x[few], y[few], value.reshape(y.shape)[few]
-    honest = layer.honest(x, precision, **arguments)
+    with np.errstate(all="ignore"):
+        honest = layer.honest(x, precision, **arguments)
     usable = np.isfinite(y) & np.isfinite(value) & np.isfinite(honest).all(axis=0)
     usable &= np.abs(y) < precision.largest
     if not usable.any():

@@ -159,6 +159,11 @@ def arguments_of(module: nn.Module) -> dict[str, Any]:
         if hasattr(module, name):
             value = getattr(module, name)
             found[name] = to_numpy(value) if isinstance(value, Tensor) else value
+            if name == "dim" and value is None:
+                raise ValueError(
+                    f"compare expects {type(module).__name__} to name its dim, got {module}; write "
+                    f"{type(module).__name__}(dim=-1) for the last one"
+                )
         elif parameter.default is parameter.empty:
             raise ValueError(
                 f"compare expects {type(module).__name__} to have an attribute {name!r}, as its "
