@@ -131,7 +131,7 @@ class Candidate:
         modules = {place.path: place.module for place in walk(model)} if kind.shows else {}
         modules |= {path: model.get_submodule(path) for path in extra if kind.shows and path}
         calls: list[Call] = []
-        with warnings.catch_warnings(), torch.no_grad(), np.errstate(all="ignore"):
+        with warnings.catch_warnings(), torch.no_grad():
             if not kind.shows:  # compilers and exporters warn of what they use themselves
                 warnings.simplefilter("ignore")
             try:

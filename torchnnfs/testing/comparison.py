@@ -179,7 +179,8 @@ def compare(
     own = own_dtype(model, input)
     chosen = [resolved(each, own) for each in _expand(candidates, own)]
     step = progress or (lambda words: None)
-    with _untouched_chance():
+    # A dtype may overflow: that is judged, and no reason to warn.
+    with np.errstate(all="ignore"), _untouched_chance():
         return _compare(
             model, input, trusted, chosen, golden_file, backward, target, controls, step
         )

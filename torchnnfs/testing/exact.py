@@ -51,11 +51,13 @@ class Expected:
         bounds: for each array of the result, by its name there, elementwise; infinite where the
             dtype may overflow.
         basis: what they rest on: `ROUNDING`, `ESTIMATED` or `ITSELF`.
+        source: who gave the result, in words.
     """
 
     output: Any
     bounds: dict[str, Array]
     basis: str
+    source: str = "NumPy"
 
     @property
     def values(self) -> dict[str, Array]:
@@ -198,11 +200,11 @@ class Exact:
         with (
             torch.no_grad(),
             same_chance(),
-            borrowed(self.model, "cpu", self.dtype) as run,
+            borrowed(self.model, "cpu", self.dtype) as compute,
             hooked(known, before, lambda path, module, output: None),
         ):
             given = convert(self.input, np.ndarray, torch.from_numpy)
-            call(run, cast(given, "cpu", self.dtype))
+            call(compute, cast(given, "cpu", self.dtype))
 
     def chain(self, precision: Precision | None = None) -> list[Expected]:
         """What comes out of each step, from the input on, the errors carried along."""
@@ -299,7 +301,7 @@ class Exact:
             hooked(watched, lambda *_: None, lambda path, module, output: shown.append(output)),
         ):
             expected = estimate(run, precision)
-        expected.basis = ITSELF
+        expected.basis, expected.source = ITSELF, "its own float64 run"
         return expected
 
 
@@ -311,28 +313,27 @@ def known(
     arguments: dict[str, Any],
 ) -> Expected:
     """What a layer with a formula gives."""
-    with np.errstate(all="ignore"):
-        if layer.bound is not None:
-            exact = layer.forward(x, **arguments)
-            none = np.zeros(x.shape) if error is None else error
-            bound = np.array(layer.bound(x, none, precision, **arguments))
-            return Expected(exact, {"": bound}, ROUNDING)
+    if layer.bound is not None:
+        exact = layer.forward(x, **arguments)
+        none = np.zeros(x.shape) if error is None else error
+        bound = np.array(layer.bound(x, none, precision, **arguments))
+        return Expected(exact, {"": bound}, ROUNDING)
 
-        def run(seed: int | None) -> Array:
-            if seed is None:
-                return np.asarray(layer.forward(x, **arguments))
-            random = np.random.RandomState(seed)
+    def run(seed: int | None) -> Array:
+        if seed is None:
+            return np.asarray(layer.forward(x, **arguments))
+        random = np.random.RandomState(seed)
 
-            def moved(value: Array, sizes: Array | float) -> Array:
-                return value + sizes * random.choice([-1.0, 1.0], value.shape)
+        def moved(value: Array, sizes: Array | float) -> Array:
+            return value + sizes * random.choice([-1.0, 1.0], value.shape)
 
-            sizes = precision.unit * np.abs(x) + (0.0 if error is None else error)
-            others = {
-                name: moved(value, precision.unit * np.abs(value))
-                if isinstance(value, np.ndarray) and value.dtype.kind == "f"
-                else value
-                for name, value in arguments.items()
-            }
-            return np.asarray(layer.forward(moved(x, sizes), **others))
+        sizes = precision.unit * np.abs(x) + (0.0 if error is None else error)
+        others = {
+            name: moved(value, precision.unit * np.abs(value))
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+            else value
+            for name, value in arguments.items()
+        }
+        return np.asarray(layer.forward(moved(x, sizes), **others))
 
-        return estimate(run, precision)
+    return estimate(run, precision)

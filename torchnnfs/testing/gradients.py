@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from torchnnfs.testing.candidates import Candidate, Trace, dtype_name
 from torchnnfs.testing.exact import ROUNDING
-from torchnnfs.testing.judge import Problem, Row, make_row
+from torchnnfs.testing.judge import Judged, Problem, Row, make_row
 from torchnnfs.testing.layers import softmax
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.models import borrowed, cast, split, state_of, to_numpy
@@ -46,11 +46,15 @@ def judge_gradients(
     assert candidate.dtype is not None
     name, device = dtype_name(candidate.dtype), str(candidate.device)
     trace = Trace(candidate.name, device, name, (), None)
-    with np.errstate(all="ignore"), torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         return [
-            make_row(trace, path, kind, measure(value, *pair, problem.precision), None, [ROUNDING])
+            make_row(trace, path, kind, _judged(value, pair, problem.precision), None)
             for path, kind, value, pair in _gradients(candidate, model, input, target, problem)
         ]
+
+
+def _judged(value: Array, pair: tuple[Array, Array], precision: Precision) -> Judged:
+    return Judged(measure(value, *pair, precision), ROUNDING, "NumPy")
 
 
 def _gradients(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -199,10 +199,11 @@ def _allowing(answer: Answer, expected: Expected | None, own: Expected | None) -
     if expected is None or own is None or len(values) != len(expected.bounds):
         # Nothing is known but the numbers' size.
         bounds = {name: _nominal(value, answer.precision) for name, value in values.items()}
-        return Expected(answer.output, bounds, ESTIMATED)
+        return Expected(answer.output, bounds, ESTIMATED, "the reference")
     both = [a + b for a, b in zip(expected.bounds.values(), own.bounds.values(), strict=True)]
     basis = ROUNDING if expected.basis == ROUNDING else ESTIMATED
-    return Expected(answer.output, dict(zip(values, both, strict=True)), basis)
+    bounds = dict(zip(values, both, strict=True))
+    return Expected(answer.output, bounds, basis, "the reference")
 
 
 def _nominal(value: Array, precision: Precision) -> Array:
@@ -239,6 +240,14 @@ def _signature(place: Place, exact: Exact) -> str:
     arguments = exact.arguments[place.path].items()
     shapes = [f"{name}={getattr(value, 'shape', value)}" for name, value in arguments]
     return f"{place.layer.name}({', '.join(shapes)})"
+
+
+class Judged(NamedTuple):
+    """What was measured of an array, what that rests on, and who gave the expected one."""
+
+    measured: Measured
+    basis: str
+    source: str
 
 
 def judge(trace: Trace, problem: Problem) -> list[Row]:
@@ -312,51 +321,44 @@ def _rows(
     found = []
     names = list(values) if len(values) == len(some.bounds) else [*values, *some.bounds][:1]
     for index, name in enumerate(names):
-        measured = [
-            None
-            if each is None
-            else _measured(list(values.values()), each, index, PRECISIONS[trace.dtype])
+        alone, whole = (
+            None if each is None else _judged(list(values.values()), each, index, trace)
             for each in (isolated, chained)
-        ]
-        bases = [each.basis for each in (isolated, chained) if each is not None]
-        found.append(
-            make_row(trace, label + name, kind, measured[0], measured[1], bases, excess, wrong)
         )
+        found.append(make_row(trace, label + name, kind, alone, whole, excess, wrong))
     return found
 
 
-def _measured(
-    values: list[Array], expected: Expected, index: int, precision: Precision
-) -> Measured:
+def _judged(values: list[Array], expected: Expected, index: int, trace: Trace) -> Judged:
     """One array of an output against the one that is expected at its place."""
     theirs, bounds = list(expected.values.values()), list(expected.bounds.values())
+    precision = PRECISIONS[trace.dtype]
     if len(values) != len(theirs):
-        return measure(np.zeros(len(values)), np.zeros(len(theirs)), np.zeros(1), precision)
+        counts = np.zeros(len(values)), np.zeros(len(theirs))
+        return Judged(measure(*counts, np.zeros(1), precision), expected.basis, expected.source)
     value, exact, bound = values[index], theirs[index], bounds[index]
     if bound.shape != exact.shape:
         bound = np.full(exact.shape, np.max(bound, initial=0.0))
-    return measure(value, exact, bound, precision)
+    return Judged(measure(value, exact, bound, precision), expected.basis, expected.source)
 
 
 def make_row(
     trace: Trace,
     label: str,
     kind: str,
-    isolated: Measured | None,
-    chained: Measured | None,
-    bases: list[str],
+    isolated: Judged | None,
+    chained: Judged | None,
     excess: float | None = None,
     wrong: bool = False,
 ) -> Row:
     """A row from what was measured of a layer; `wrong`: an earlier layer of the trace differs."""
     shown = [each for each in (isolated, chained) if each is not None]
-    decisive = max(shown, key=lambda measured: measured.ratio)
-    basis = bases[shown.index(decisive)]
-    state, reason = OK, ""
-    if decisive.ratio > 1:
-        state = INPUT if decisive is not isolated and isolated is not None and wrong else DIFFERS
-        reason = _reason(decisive, basis)
-    elif shown[0].size and shown[0].unbounded == shown[0].size:
+    decisive = max(shown, key=lambda judged: judged.measured.ratio)
+    measured, basis, state, reason = shown[0].measured, decisive.basis, OK, ""
+    if decisive.measured.ratio > 1:
+        state = INPUT if decisive is chained and isolated is not None and wrong else DIFFERS
+        reason = _reason(decisive)
+    elif measured.size and measured.unbounded == measured.size:
         state, reason = NOTHING, f"{trace.dtype} may overflow in every element"
     elif excess is not None and excess > EXCESS_LIMIT:
         state, basis = DIFFERS, EXCESS
@@ -371,33 +373,30 @@ def make_row(
         layer=label,
         kind=kind,
         state=state,
-        max_abs=shown[0].max_abs,
-        max_ulp=shown[0].max_ulp,
-        bit_equal=shown[0].bit_equal,
-        isolated_ratio=None if isolated is None else isolated.ratio,
-        chained_ratio=None if chained is None else chained.ratio,
-        chained_ulp=None if chained is None else chained.max_ulp,
-        bound_ratio=decisive.ratio,
+        max_abs=measured.max_abs,
+        max_ulp=measured.max_ulp,
+        bit_equal=measured.bit_equal,
+        isolated_ratio=isolated and isolated.measured.ratio,
+        chained_ratio=chained and chained.measured.ratio,
+        chained_ulp=chained and chained.measured.max_ulp,
+        bound_ratio=decisive.measured.ratio,
         excess=excess,
         basis=basis,
         reason=reason,
-        worst=decisive.worst,
-        ulps=shown[0].ulps,
-        unbounded=max(each.unbounded for each in shown),
+        worst=decisive.measured.worst,
+        ulps=measured.ulps,
+        unbounded=max(each.measured.unbounded for each in shown),
     )
 
 
-#: Who gave the number that a candidate's is compared with.
-_WHO = {ROUNDING: "NumPy", ESTIMATED: "the reference", ITSELF: "its own float64 run"}
-
-
-def _reason(measured: Measured, basis: str) -> str:
+def _reason(judged: Judged) -> str:
+    measured, source = judged.measured, judged.source
     worst = measured.worst
     if measured.shapes:
-        return f"shape {measured.shapes[0]} where {_WHO[basis]} gives {measured.shapes[1]}"
+        return f"shape {measured.shapes[0]} where {source} gives {measured.shapes[1]}"
     times = f"{measured.ratio:.3g} times" if np.isfinite(measured.ratio) else "infinitely far from"
     return (
-        f"{worst.value:.9g} at {list(worst.index)} where {_WHO[basis]} gives {worst.expected:.9g}, "
+        f"{worst.value:.9g} at {list(worst.index)} where {source} gives {worst.expected:.9g}, "
         f"{times} what rounding explains"
     )
 
@@ -419,8 +418,7 @@ def _excess(
     most = max(1, min(_HONEST_ROWS, _HONEST_PRODUCTS // max(1, x.shape[1] * y.shape[1])))
     few = slice(None, None, -(-len(x) // most))
     x, y, value = x[few], y[few], value.reshape(y.shape)[few]
-    with np.errstate(all="ignore"):
-        honest = layer.honest(x, precision, **arguments)
+    honest = layer.honest(x, precision, **arguments)
     usable = np.isfinite(y) & np.isfinite(value) & np.isfinite(honest).all(axis=0)
     usable &= np.abs(y) < precision.largest
     if not usable.any():
@@ -444,7 +442,7 @@ def _who_is_far(row: Row, trace: Trace, problem: Problem) -> Row:
     far = []
     for values in (leaves(trace.output), expected.values):
         arrays = list(values.values())
-        ratios = [_measured(arrays, model, i, problem.precision).ratio for i in range(len(arrays))]
+        ratios = [_judged(arrays, model, i, trace).measured.ratio for i in range(len(arrays))]
         far.append(max(ratios, default=0.0))
     if min(far) > 1:
         words = "both are far from the model's own layers and parameters in float64"

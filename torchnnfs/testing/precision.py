@@ -59,6 +59,8 @@ class Precision:
 
     def stored(self, y: Array, error: Array) -> Array:
         """`error`, and the rounding of the result `y` to the type it is stored in."""
+        if not self.stored_unit:
+            return error
         return error + self.stored_unit * (np.abs(y) + error) + self.stored_tiny
 
     def ulp(self, y: Array) -> Array:

@@ -136,7 +136,7 @@ def source(entry: Any, where: str) -> Source:
             result = compute(*args, **kwargs, **named)
             return getattr(entry, "output", None) if result is None else result
 
-        with np.errstate(all="ignore"), torch.no_grad():
+        with torch.no_grad():
             try:
                 try:
                     found = once(narrow)

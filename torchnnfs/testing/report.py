@@ -84,8 +84,8 @@ def verdict(outcome: Outcome) -> str:
         return f"AGREES: every layer of {names} is within what rounding explains; {largest}."
     return (
         f"AGREES AS FAR AS JUDGED: what was judged of {names} is within what rounding explains; "
-        f"{largest}. Nothing independent judged {', '.join(outcome.unjudged)}: it has a forward of "
-        "its own, and only a float64 run of the same code was at hand. Name a reference= for it."
+        f"{largest}. Nothing independent judged {', '.join(outcome.unjudged)}: no formula of it is "
+        "known, only a float64 run of the same code. Name a reference= for the output."
     )
 
 
