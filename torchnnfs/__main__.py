@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import difflib
+import importlib
 import itertools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NoReturn
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
@@ -29,64 +33,75 @@ from torchnnfs.testing.candidates import (
 )
 from torchnnfs.testing.comparison import Comparison, compare
 from torchnnfs.testing.files import check_writable, write_whole
+from torchnnfs.testing.models import leaves
 from torchnnfs.testing.page import compute as compute_page
 from torchnnfs.testing.page import show as show_page
 from torchnnfs.testing.report import show
 
 AGREES, DISAGREES, USAGE, MISSING = 0, 1, 2, 3
 
+#: What is judged where nothing else is asked for: nothing that loads a compiler or an exporter.
+_QUICK = ("eager", "numpy")
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        typo = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s']+)", message)
+        if typo:
+            known = [*self._option_string_actions, *KINDS, *DTYPES]
+            for action in self._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    known += action.choices
+                    for command in action.choices.values():
+                        known += command._option_string_actions
+            near = difflib.get_close_matches(typo[1], known, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
         self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
+def _number(least: int, most: int | None = None) -> Callable[[str], int]:
+    def int_(text: str) -> int:
+        number = int(text)
+        if number < least or (most is not None and number > most):
+            wanted = f"at least {least}" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {number}")
+        return number
 
-
-def _seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"expected 0 to 2**32 - 1, got {number}")
-    return number
-
-
-# argparse names the type by the function's name: "invalid int value".
-_count.__name__ = _seed.__name__ = "int"
+    int_.__name__ = "int"  # argparse prints it: "invalid int value"
+    return int_
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="torchnnfs", description="Neural Networks from Scratch, chapter 4.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = _Parser(
+        prog="torchnnfs",
+        description="Neural Networks from Scratch, chapter 4, in PyTorch, proven equal to NumPy.",
+    )
+    parser.add_argument("--version", action="version", version=f"torchnnfs {version('torchnnfs')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     command = commands.add_parser(
         "compare",
-        help="judge the spiral forward pass in torch against NumPy, layer by layer",
-        description="Compute the book's spiral forward pass with torch and with the book's NumPy, "
-        "and judge every layer against NumPy in float64. "
+        help="judge a model in torch against NumPy, layer by layer",
+        description="Judge every layer of a model against NumPy in float64: the book's spiral "
+        "forward pass, or a model of your own. "
         "Exit status: 0 agrees, 1 disagrees, 2 wrong usage, 3 a package is missing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = command.add_argument
-    add("--samples", type=_count, default=100, help="points on each spiral arm")
-    add("--classes", type=_count, default=3, help="spiral arms, at most 256")
-    add("--hidden", type=_count, nargs="+", default=[3], help="neurons of each hidden layer")
-    add("--seed", type=_seed, default=0, help="of the NumPy stream behind data and weights")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is all of this machine")
-    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="what torch computes in")
-    add(
-        "--candidates",
-        nargs="+",
-        choices=KINDS,
-        metavar="NAME",
-        help=f"who is judged, of {', '.join(KINDS)} (default: all but compiled, as far as their "
-        "packages are here)",
-    )
+    add("model", nargs="?", metavar="MODULE:MODEL", help="a model of your own, or what makes it")
+    own = command.add_argument_group("for a model of your own")
+    own.add_argument("--input", metavar="FILE", help=".npy: its input; .npz: keyword arguments")
+    own.add_argument("--reference", metavar="MODULE:NAME", help="what to compare with; or a .npy")
+    own.add_argument("--target", metavar="FILE.npy", help="the classes, for --backward")
+    book = command.add_argument_group("for the book's network")
+    book.add_argument("--samples", type=_number(1), help="points on each spiral arm (100)")
+    book.add_argument("--classes", type=_number(1), help="spiral arms, at most 256 (3)")
+    book.add_argument("--hidden", type=_number(1), nargs="+", help="neurons of hidden layers (3)")
+    book.add_argument("--seed", type=_number(0, 2**32 - 1), help="of data and weights (0)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (all of this machine)")
+    add("--dtype", nargs="+", choices=DTYPES, help="what torch computes in (the model's own)")
+    names = f"{', '.join(KINDS)}, or all ({' '.join(_QUICK)})"
+    add("--candidates", nargs="+", choices=[*KINDS, "all"], metavar="NAME", help=names)
     add("--backward", action="store_true", help="judge the gradients of torch eager as well")
-    add("--no-controls", action="store_true", help="do not try deliberately broken twins")
+    add("--no-controls", action="store_true", help="do not try deliberately broken copies")
     add("--golden", metavar="FILE.npz", help="judge what candidates gave on another machine, too")
     add("--save-golden", metavar="FILE.npz", help="write what the candidates gave here to a file")
     add("--json", metavar="FILE", help="write the outcome as JSON; - is standard output")
@@ -99,9 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Print the end of chapter 4 as the book prints it, beside what this machine's "
         "NumPy and float32 torch print, with the digits that differ marked, and why they do. "
         "Exit status: 0 the page is right, 1 it is not, 2 wrong usage.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    page.add_argument("--device", default="cpu", help="where torch computes: cpu, cuda, ...")
+    page.add_argument("--device", default="cpu", help="where torch computes: cpu, cuda, ... (cpu)")
     return parser
 
 
@@ -124,6 +138,34 @@ def _devices(name: str) -> list[torch.device]:
     return same
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What is judged, and what to say of it."""
+
+    model: nn.Module
+    input: Any
+    target: Tensor | None
+    reference: Any
+    facts: dict[str, str]
+
+
+def _spiral(arguments: argparse.Namespace) -> _Task:
+    """The book's network on its data. Data first, then the network, as the book draws them."""
+    samples, classes = arguments.samples or 100, arguments.classes or 3
+    widths, rows = (2, *(arguments.hidden or [3]), classes), samples * classes
+    _check_memory(widths, rows)
+    stream = np.random.RandomState(arguments.seed or 0)
+    points, target = spiral(samples, classes, generator=stream, device="cpu")
+    model = classifier(*widths, generator=stream, device="cpu")
+    seed = f"{arguments.seed or 0}, of numpy.random.RandomState: data first, then the layers"
+    facts = {
+        "network": f"{' -> '.join(map(str, widths))}: Dense, ReLU, ..., Dense, Softmax",
+        "data": f"spiral, {samples} samples x {classes} classes = {rows} rows",
+        "seed": seed,
+    }
+    return _Task(model, points, target, None, facts)
+
+
 def _check_memory(widths: Sequence[int], rows: int) -> None:
     """A machine that runs out of memory kills the process; better a word before."""
     parameters = sum((n + 1) * m for n, m in itertools.pairwise(widths))
@@ -137,56 +179,85 @@ def _check_memory(widths: Sequence[int], rows: int) -> None:
         )
 
 
+def _own(arguments: argparse.Namespace) -> _Task:
+    """A model of the user's, from a module that Python can import here."""
+    for option in ("samples", "classes", "hidden", "seed"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option} is for the book's network; {arguments.model} is another")
+    if arguments.input is None:
+        raise ValueError(f"{arguments.model} needs its input: --input FILE.npy")
+    model = _named(arguments.model)
+    if not isinstance(model, nn.Module) and callable(model):
+        model = model()
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{arguments.model} is expected to be a torch.nn.Module or to make one, got "
+            f"{type(model).__name__}"
+        )
+    input = _loaded("--input", arguments.input)
+    target = None if arguments.target is None else _loaded("--target", arguments.target)
+    reference = arguments.reference
+    if reference is not None:
+        array = reference.endswith(".npy")
+        reference = _loaded("--reference", reference) if array else _named(reference)
+    shapes = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in leaves(input).values())
+    facts = {"model": arguments.model, "input": f"{arguments.input}: {shapes}"}
+    if arguments.reference is not None:
+        facts["reference"] = arguments.reference
+    return _Task(model, input, target, reference, facts)
+
+
+def _named(name: str) -> Any:
+    """What ``module:name`` names, imported with the current directory in the path."""
+    module, _, path = name.partition(":")
+    if not module or not path:
+        raise ValueError(f"expected MODULE:NAME, as in mymodule:model, got {name!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name!r}: {error}; is it in this directory?") from None
+    for part in path.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name!r}: {module} has no {part!r}{hint}")
+        found = getattr(found, part)
+    return found
+
+
+def _loaded(option: str, name: str) -> Any:
+    """The array of an .npy file as a tensor, or those of an .npz file by their names."""
+    try:
+        with open(name, "rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                return torch.from_numpy(content)
+            return {key: torch.from_numpy(content[key]) for key in content.files}
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ValueError(f"{option} {name!r} cannot be read: {error}") from None
+
+
 def _candidates(
-    arguments: argparse.Namespace, devices: list[torch.device], dtypes: list[torch.dtype]
+    arguments: argparse.Namespace, devices: list[torch.device]
 ) -> tuple[list[Candidate], list[str]]:
     """The candidates, and what was left out and why."""
-    if arguments.candidates:
-        return choose(arguments.candidates, devices, dtypes), []
+    names = arguments.candidates or list(_QUICK)
+    dtypes: list[torch.dtype | None] = [
+        DTYPES[name] for name in dict.fromkeys(arguments.dtype or [])
+    ]
+    dtypes = dtypes or [None]
+    if "all" not in names:
+        return choose(names, devices, dtypes), []
     chosen: list[Candidate] = []
     skipped: list[str] = []
     for name in KINDS:
         try:
-            if name != "compiled":  # it takes a compiler and its time
-                chosen += choose([name], devices, dtypes)
+            chosen += choose([name], devices, dtypes)
         except (MissingExtraError, ValueError) as error:
             skipped.append(f"{error}.")
     return chosen, skipped
-
-
-def _kind(name: str) -> str:
-    """The kind of picture that a file's name asks for."""
-    kind = Path(name).suffix.lower().removeprefix(".")
-    if kind not in plot.KINDS:
-        raise ValueError(f"--plot {name!r} ends neither in .png nor in .svg")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("plots need matplotlib: pip install 'torchnnfs[plot]'")
-    return kind
-
-
-def _show(
-    arguments: argparse.Namespace,
-    widths: Sequence[int],
-    comparison: Comparison,
-    skipped: Sequence[str],
-) -> None:
-    console = _console()
-    rows = arguments.samples * arguments.classes
-    facts = {
-        "network": f"{' -> '.join(map(str, widths))}: Dense, ReLU, ..., Dense, Softmax",
-        "data": f"spiral, {arguments.samples} samples x {arguments.classes} classes = {rows} rows",
-        "seed": f"{arguments.seed}, of numpy.random.RandomState: data first, then the layers",
-        **comparison.environment,
-    }
-    for name, fact in facts.items():
-        console.print(f"{name + ':':<26}{fact}", markup=False)
-    values = np.array2string(comparison.output[:5].astype(np.float32), max_line_width=100)
-    first = comparison.rows[0]
-    heading = f"first five probabilities, {first.candidate} on {first.device} in {first.dtype}:"
-    console.print(f"\n{heading}\n{values}\n", markup=False)
-    for reason in skipped:
-        console.print(f"Skipped: {reason}", markup=False, soft_wrap=True)
-    show(comparison, console)
 
 
 class _Console(Console):
@@ -206,42 +277,51 @@ def _page(arguments: argparse.Namespace) -> int:
     return AGREES if show_page(compute_page(device), _console()) else DISAGREES
 
 
+def _show(task: _Task, comparison: Comparison, skipped: Sequence[str]) -> None:
+    console = _console()
+    for name, fact in {**task.facts, **comparison.environment}.items():
+        console.print(f"{name + ':':<26}{fact}", markup=False)
+    first, few = comparison.traces[0], comparison.output[:5]
+    shown = few.astype(np.float32) if first.dtype != "float64" else few
+    values = np.array2string(shown, max_line_width=100, threshold=50)
+    heading = f"first outputs of {first.name} on {first.device} in {first.dtype}:"
+    console.print(f"\n{heading}\n{values}\n", markup=False)
+    for reason in skipped:
+        console.print(f"Skipped: {reason}", markup=False, soft_wrap=True)
+    show(comparison, console)
+
+
 def _compare(arguments: argparse.Namespace) -> int:
     devices = _devices(arguments.device)
-    dtypes = [DTYPES[name] for name in dict.fromkeys(arguments.dtype)]
     render: dict[str, Callable[[Comparison], bytes]] = {
         "json": lambda comparison: f"{comparison.to_json()}\n".encode(),
         "markdown": lambda comparison: comparison.to_markdown().encode(),
         "html": lambda comparison: html.page(comparison).encode(),
-        "plot": lambda comparison: plot.render(comparison, _kind(arguments.plot)),
+        "plot": lambda comparison: plot.render(comparison, plot.kind_of(arguments.plot)),
     }
     files = {option: vars(arguments)[option] for option in render}
     files = {option: name for option, name in files.items() if name is not None}
     if "plot" in files:
-        _kind(arguments.plot)  # before the work, not after it
+        plot.kind_of(arguments.plot)  # before the work, not after it
     written = {**files, "save-golden": arguments.save_golden}
     written = {option: name for option, name in written.items() if name not in ("-", None)}
     if arguments.save_golden == "-" or len({*written.values()}) < len(written):
         raise ValueError("each report and golden file needs a name of its own")
     for option, name in written.items():
         check_writable(f"--{option}", name)
-    widths = (2, *arguments.hidden, arguments.classes)
-    _check_memory(widths, arguments.samples * arguments.classes)
-    candidates, skipped = _candidates(arguments, devices, dtypes)
-    # Data first, then the network, as the book draws them.
-    stream = np.random.RandomState(arguments.seed)
-    points, target = spiral(arguments.samples, arguments.classes, generator=stream, device="cpu")
-    model = classifier(*widths, generator=stream, device="cpu")
+    task = _spiral(arguments) if arguments.model is None else _own(arguments)
+    candidates, skipped = _candidates(arguments, devices)
     with Console(stderr=True).status("") as status:
         comparison = compare(
-            model,
-            points,
+            task.model,
+            task.input,
+            reference=task.reference,
             candidates=candidates,
             golden_file=arguments.golden,
             backward=arguments.backward,
-            target=target,
+            target=task.target,
             controls=not arguments.no_controls,
-            progress=lambda step: status.update(f"judging: {step}"),
+            progress=lambda step: status.update(step),
         )
     if arguments.save_golden is not None:
         comparison.save_golden(arguments.save_golden)
@@ -257,7 +337,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     for option in printed:
         print(render[option](comparison).decode(), end="")
     if not printed:
-        _show(arguments, widths, comparison, skipped)
+        _show(task, comparison, skipped)
     if failure is not None:
         raise failure
     return AGREES if comparison.ok else DISAGREES
@@ -270,7 +350,11 @@ def _close_stdout() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     try:
         status = {"compare": _compare, "page": _page}[arguments.command](arguments)
         sys.stdout.flush()

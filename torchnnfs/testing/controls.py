@@ -12,7 +12,7 @@ from torch import nn
 
 from torchnnfs.testing.candidates import Call, Candidate, Formula, single
 from torchnnfs.testing.exact import known
-from torchnnfs.testing.judge import DIFFERS, Problem, judge
+from torchnnfs.testing.judge import DIFFERS, EXCESS, Problem, judge
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.layers.softmax import UNSHIFTED
 from torchnnfs.testing.measure import measure
@@ -106,7 +106,9 @@ def _try(
     rows = judge(candidate.run(model, input, broken=broken), problem)
     row = next((row for row in rows if row.state == DIFFERS), None)
     if row is not None:
-        return Control(name, path, "rejected", f"layer {row.label}: {_size(row.bound_ratio)}")
+        far = f"{row.excess:.3g} times the errors of plain sums" if row.basis == EXCESS else ""
+        words = f"{far or _size(row.bound_ratio)} at layer {row.label}"
+        return Control(name, path, "rejected", words)
     expected = problem.isolated(call)
     assert expected is not None
     value, bound = expected.values[""], expected.bounds[""]

@@ -7,7 +7,7 @@ really got.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,20 @@ class Expected:
         return convert(self.output, np.ndarray, lambda _: next(bounds))
 
 
-class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every operation computes in float64, also where the code asks for less."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        wanted = kwargs.get("dtype")
+        if isinstance(wanted, torch.dtype) and wanted.is_floating_point:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+class Rounding(Double):
     """Every operation rounds at random, as another arithmetic than float64 does.
 
     Inputs and results of each operation are moved by a unit roundoff, up or down at random (Monte
@@ -96,7 +109,7 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         views = not writes and any(each.alias_info for each in schema.returns)
         if not views and not writes:
             args = _floats(args, lambda tensor: self.moved(tensor, self.precision.unit))
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if views:
             return result
         if writes:
@@ -192,16 +205,16 @@ class Exact:
 
         def before(path: str, args: Any, kwargs: Any) -> None:
             if path not in self.arguments:
-                self.arguments[path] = arguments_of(known[path])
+                self.arguments[path] = arguments_of(layers[path])
 
-        known = {place.path: place.module for place in self.places.values() if place.layer}
-        if not known:
+        layers = {place.path: place.module for place in self.places.values() if place.layer}
+        if not layers:
             return
         with (
             torch.no_grad(),
             same_chance(),
             borrowed(self.model, "cpu", self.dtype) as compute,
-            hooked(known, before, lambda path, module, output: None),
+            hooked(layers, before, lambda path, module, output: None),
         ):
             given = convert(self.input, np.ndarray, torch.from_numpy)
             call(compute, cast(given, "cpu", self.dtype))
@@ -290,8 +303,11 @@ class Exact:
                 return torch.from_numpy(np.array(array))
 
             args, kwargs = convert(given, np.ndarray, tensor)
-            rounding = nullcontext() if seed is None else Rounding(precision, seed)
-            with torch.no_grad(), same_chance(), rounding:
+            with (
+                torch.no_grad(),
+                same_chance(),
+                Double() if seed is None else Rounding(precision, seed),  # type: ignore[no-untyped-call]
+            ):
                 output = compute(*args, **kwargs)
             return convert(shown[-1] if inner is not None else output, Tensor, to_numpy)
 
