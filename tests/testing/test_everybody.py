@@ -235,7 +235,7 @@ def test_layers_of_every_kind_stand_in_one_chain():
     assert all(row.chained_ratio is not None for row in comparison.rows)
     assert comparison.verdict.startswith("AGREES: ")
     outcomes = [control.outcome for control in comparison.controls]
-    assert outcomes.count("rejected") >= 24
+    assert outcomes.count("rejected") > len(outcomes) - 3
     assert "passed" not in outcomes
 
 

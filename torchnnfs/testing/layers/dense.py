@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Layer, finished
+from torchnnfs.testing.layers import Forward, Gradients, Layer, gradient
 from torchnnfs.testing.layers.reshape import collected, positions, scattered, windows
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 
@@ -30,7 +30,7 @@ def dense(x: Array, weight: Array, bias: Array | None = None) -> Array:
 def dense_bound(
     x: Array, error: Array, precision: Precision, weight: Array, bias: Array | None = None
 ) -> Array:
-    """``e|W| + gamma(k+1) (|x||W| + |b| + e|W|)``, k the number of inputs.
+    """``e|W| + gamma(k+1) (|x||W| + |b| + e|W|)``, k the number of inputs with a weight not zero.
 
     Half types are rounded once behind the product and, where there is a bias, once behind the sum.
     Numbers below `tiny` may be taken for zero, before or after the product. Where the terms could
@@ -43,7 +43,7 @@ def dense_bound(
     if bias is not None:
         bound += np.abs(bias)
     too_large = ~(bound < precision.overflow)
-    n = size.shape[0] + 1
+    n = 1 + int(np.max(np.count_nonzero(size, axis=0), initial=0))
     bound *= precision.gamma(n)
     bound += carried
     flushed = np.sum(size, axis=0) + np.sum(np.abs(x), axis=-1, keepdims=True)
@@ -86,13 +86,14 @@ def dense_honest(x: Array, precision: Precision, weight: Array, bias: Array | No
     """
     step: type = np.float64 if precision is PRECISIONS["float64"] else np.float32
     exact = dense(x, weight, bias)
-    narrow, factors = x.astype(step), weight.T.astype(step)
+    narrow: Array = x.astype(step)
+    factors: Array = weight.T.astype(step)
     orders = np.random.RandomState(0)
     errors = []
     with np.errstate(all="ignore"):
         for i in range(min(16, math.ceil(_ENOUGH / max(1, exact.size)))):
             n = len(factors)
-            total = np.zeros(exact.shape, step)
+            total: Array = np.zeros(exact.shape, step)
             for k in orders.permutation(n) if i else range(n):
                 total += narrow[..., k, None] * factors[k]
             if bias is not None:
@@ -105,15 +106,18 @@ def rounded(values: Array, digits: int, smallest: float = 0.0) -> Array:
     """`values` rounded to that many significant bits, and to multiples of `smallest`."""
     with np.errstate(divide="ignore"):
         unit = np.maximum(np.ldexp(1.0, np.frexp(values)[1] - digits), smallest)
-    return np.rint(values / unit) * unit
+    nearest: Array = np.rint(values / unit) * unit
+    return nearest
 
 
-def _with_weight(change: Callable[[Array], Array]) -> Callable[..., Array | None]:
-    """A dense layer with other weights; None where the change leaves them as they are."""
+def _with_weight(
+    change: Callable[[Array], Array], forward: Forward = dense
+) -> Callable[..., Array | None]:
+    """A layer with other weights; None where the change leaves them as they are."""
 
-    def wrong(x: Array, weight: Array, bias: Array | None = None) -> Array | None:
+    def wrong(x: Array, weight: Array, **arguments: Any) -> Array | None:
         changed = change(weight)
-        return None if np.array_equal(changed, weight) else dense(x, changed, bias)
+        return None if np.array_equal(changed, weight) else forward(x, changed, **arguments)
 
     return wrong
 
@@ -126,41 +130,36 @@ def _patches(
     dilation: Sequence[int],
     padding_mode: str,
 ) -> Array:
-    """What each output of a convolution sees of x: (..., *positions, inputs, all channels')."""
-    kernel = weight.shape[2:]
+    """What each output of a convolution sees of x: (..., *positions, channels and their window)."""
+    kernel, channels = weight.shape[2:], 1 - weight.ndim
     if padding == "same":
         total = [step * (k - 1) for step, k in zip(dilation, kernel, strict=True)]
         pads = [(size // 2, size - size // 2) for size in total]
     else:
-        pads = [(0, 0) if padding == "valid" else (int(size), int(size)) for size in padding]
-        pads = pads[: len(kernel)]
+        pads = [(0, 0) if padding == "valid" else (size, size) for size in padding][: len(kernel)]
     mode: Any = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}
-    padded = np.pad(
-        x, [(0, 0)] * (x.ndim - len(kernel)) + pads, mode=mode.get(padding_mode, padding_mode)
-    )
+    mode = mode.get(padding_mode, padding_mode)
+    padded = np.pad(x, [(0, 0)] * (x.ndim - len(kernel)) + pads, mode=mode)
     view = windows(padded, kernel, stride, dilation)
-    view = np.moveaxis(view, -2 * len(kernel) - 1, -len(kernel) - 1)
-    return view.reshape(*view.shape[: -len(kernel) - 1], -1)
+    view = np.moveaxis(view, channels - len(kernel), channels)
+    return view.reshape(*view.shape[:channels], -1)
 
 
-class _Group(NamedTuple):
-    """The dense layer that a convolution is for one group of channels: weight, bias, inputs."""
-
-    weight: Array
-    bias: Array | None
-    inputs: slice
-
-
-def _groups(weight: Array, bias: Array | None, groups: int) -> list[_Group]:
-    rows = weight.reshape(groups, len(weight) // groups, -1)
-    biases = [None] * groups if bias is None else bias.reshape(groups, -1)
-    k = rows.shape[-1]
-    return [_Group(rows[i], biases[i], slice(i * k, (i + 1) * k)) for i in range(groups)]
+def _matrix(weight: Array, groups: int) -> Array:
+    """The weight of a convolution as that of a dense layer: zero between groups."""
+    kernels = weight.reshape(groups, len(weight) // groups, -1)
+    matrix = np.zeros((*kernels.shape[:2], groups, kernels.shape[2]), weight.dtype)
+    for group in range(groups):
+        matrix[group, :, group] = kernels[group]
+    return matrix.reshape(len(weight), -1)
 
 
-def _channels(parts: Sequence[Array], weight: Array) -> Array:
-    """The outputs of all groups, the channels before the positions, as torch has them."""
-    return np.moveaxis(np.concatenate(parts, axis=-1), -1, 1 - weight.ndim)
+def _kernels(matrix: Array, weight: Array, groups: int) -> Array:
+    """The other way round: what `_matrix` took from the weight."""
+    blocks = matrix.reshape(groups, len(weight) // groups, groups, -1)
+    return np.concatenate([blocks[group, :, group] for group in range(groups)]).reshape(
+        weight.shape
+    )
 
 
 def convolution(
@@ -173,33 +172,18 @@ def convolution(
     groups: int,
     padding_mode: str,
 ) -> Array:
-    """``y = sum x w + b`` over each window of x: a dense layer for each group of channels.
-
-    x has the shape (batch, channels, *sizes) or (channels, *sizes).
-    """
+    """``y = sum x w + b`` over each window of x (..., channels, *sizes): a dense layer each."""
     seen = _patches(x, weight, stride, padding, dilation, padding_mode)
-    parts = [dense(seen[..., g.inputs], g.weight, g.bias) for g in _groups(weight, bias, groups)]
-    return _channels(parts, weight)
+    return np.moveaxis(dense(seen, _matrix(weight, groups), bias), -1, 1 - weight.ndim)
 
 
 def convolution_bound(
-    x: Array,
-    error: Array,
-    precision: Precision,
-    weight: Array,
-    bias: Array | None,
-    groups: int,
-    **places: Any,
+    x: Array, error: Array, precision: Precision, weight: Array, bias: Array | None, **named: Any
 ) -> Array:
-    """That of `dense_bound`, k the numbers of a window. Transforms (Winograd, FFT) differ."""
-    seen, errors = _patches(x, weight, **places), _patches(error, weight, **places)
-    return _channels(
-        [
-            dense_bound(seen[..., g.inputs], errors[..., g.inputs], precision, g.weight, g.bias)
-            for g in _groups(weight, bias, groups)
-        ],
-        weight,
-    )
+    """That of `dense_bound`, k the inputs of one output. Transforms (Winograd, FFT) differ."""
+    matrix = _matrix(weight, named.pop("groups"))
+    seen, errors = _patches(x, weight, **named), _patches(error, weight, **named)
+    return np.moveaxis(dense_bound(seen, errors, precision, matrix, bias), -1, 1 - weight.ndim)
 
 
 def convolution_backward(
@@ -210,85 +194,60 @@ def convolution_backward(
     weight: Array,
     bias: Array | None,
     groups: int,
-    **places: Any,
+    **named: Any,
 ) -> Gradients:
-    """Those of `dense_backward`; a number of x gets the sum over the windows that it lies in."""
-    seen = _patches(x, weight, **places)
-    where = _patches(positions(x), weight, **places)
+    """Those of `dense_backward`; a number of x gets the sum over the m windows that it lies in.
+
+    If one of m sums of n products is wrong by ``gamma(n+1)`` of their sizes, all of them in any
+    order are wrong by ``m + 2`` times that at most. So for half types: each may be stored. On the
+    CPU torch also adds up the gradients of their parameters as stored.
+    """
+    seen, places = _patches(x, weight, **named), _patches(positions(x), weight, **named)
     slopes = np.moveaxis(g, 1 - weight.ndim, -1)
-    slopes = slopes.reshape(*slopes.shape[:-1], groups, -1)
-    found: dict[str, list[tuple[Array, Array]]] = {}
-    total, size, flushed = np.zeros((3, *x.shape))
-    for i, group in enumerate(_groups(weight, bias, groups)):
-        part = slopes[..., i, :]
-        backward = dense_backward(
-            seen[..., group.inputs], y, part, precision, group.weight, group.bias
-        )
-        del backward["input"]
-        for name, pair in backward.items():
-            found.setdefault(name, []).append(pair)
-        spots = where[..., group.inputs]
-        total += collected(part @ group.weight, spots, x)
-        size += collected(np.abs(part) @ np.abs(group.weight), spots, x)
-        flush = np.sum(np.abs(part), -1, keepdims=True) + np.sum(np.abs(group.weight), axis=0)
-        flushed += collected(flush, spots, x)
-    # A number lies in one group's windows only, so each has as many products.
-    n = len(weight) // groups * np.max(collected(np.ones(1), where, x), initial=1.0)
-    bound = precision.gamma(n) * size + precision.tiny * (flushed + n)
-    if places["padding_mode"] != "zeros":  # the gradient of the padding is stored by itself
-        bound = precision.stored(size, bound) + precision.stored_unit * size
-    result = {"input": (total, finished(total, bound, np.zeros_like(x), precision))}
-    for name, pairs in found.items():
-        exact, wrong = (np.concatenate(each) for each in zip(*pairs, strict=True))
-        shape = weight.shape if name == "weight" else exact.shape
-        result[name] = (exact.reshape(shape), wrong.reshape(shape))
-    return result
+    matrix = _matrix(weight, groups)
+    found = dense_backward(seen, y, slopes, precision, matrix, bias)
+    exact, bound = (collected(each, places, x) for each in found["input"])
+    m = np.max(collected(np.ones(1), places, x), initial=0.0)
+    found["input"] = gradient(exact, (m + 2) * bound, precision)
+    sizes = dense_backward(np.abs(seen), y, np.abs(slopes), precision, matrix, bias)
+    steps = (g.size / len(weight) + 1) * precision.stored_unit
+    for name in found.keys() & {"weight", "bias"}:
+        exact, bound = found[name]
+        found[name] = exact, bound + steps * sizes[name][0]
+    exact, bound = found["weight"]
+    found["weight"] = _kernels(exact, weight, groups), _kernels(bound, weight, groups)
+    return found
 
 
 def embedding(
-    x: Array,
-    weight: Array,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    scale_grad_by_freq: bool = False,
+    x: Array, weight: Array, max_norm: float | None, padding_idx: Any, scale_grad_by_freq: Any
 ) -> Array:
     """``y = weight[x]``, a row for each integer of x."""
     if max_norm is not None:
         raise ValueError(
             f"compare expects Embedding to leave its weight alone, got max_norm={max_norm}, "
-            "which changes it at each call"
+            "which changes it at each call; drop max_norm"
         )
-    y: Array = weight[np.asarray(x, np.int64)]
-    return y
+    return weight[x.astype(np.int64)]
 
 
 def embedding_bound(x: Array, error: Array, precision: Precision, **arguments: Any) -> Array:
     """Zero: rows are copied. If an integer is uncertain, there is no bound."""
-    y = embedding(x, **arguments)
-    uncertain = np.asarray(error)[..., None] >= 0.5
-    return np.where(uncertain, np.inf, np.full_like(y, precision.tiny))
+    bound = np.where(error < 0.5, precision.tiny, np.inf)
+    return np.broadcast_to(bound[..., None], embedding(x, **arguments).shape)
 
 
 def embedding_backward(
-    x: Array,
-    y: Array,
-    g: Array,
-    precision: Precision,
-    weight: Array,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    scale_grad_by_freq: bool = False,
+    x: Array, y: Array, g: Array, precision: Precision, weight: Array, **arguments: Any
 ) -> Gradients:
-    """``dL/dweight``: the sum of g where that row was taken; nothing at `padding_idx`.
+    """``dL/dW``: the sum of g where a row was taken; nothing for the row `padding_idx`.
 
     With `scale_grad_by_freq` it is divided by how often that was.
     """
-    rows = np.asarray(x, np.int64)
-    places = positions(weight)[rows]
-    if padding_idx is not None:
-        places = np.where((rows == padding_idx)[..., None], 0, places)
-    if scale_grad_by_freq:
-        g = g / np.bincount(rows.ravel(), minlength=len(weight))[rows][..., None]
+    rows = x.astype(np.int64)
+    places = np.where((rows == arguments["padding_idx"])[..., None], 0, positions(weight)[rows])
+    if arguments["scale_grad_by_freq"]:
+        g = g / np.bincount(rows.ravel())[rows][..., None]
     return {"weight": scattered(g, places, weight, precision)}
 
 
@@ -308,30 +267,14 @@ DENSE = Layer(
     },
     honest=dense_honest,
 )
-
-
-def _with_kernel(change: Callable[[Array], Array]) -> Callable[..., Array | None]:
-    """A convolution with another weight; None where the change leaves it as it is."""
-
-    def wrong(x: Array, weight: Array, **arguments: Any) -> Array | None:
-        changed = change(weight)
-        return None if np.array_equal(changed, weight) else convolution(x, changed, **arguments)
-
-    return wrong
-
-
-def _neighbours(x: Array, weight: Array, **arguments: Any) -> Array | None:
-    return None if len(weight) < 2 else embedding(x, np.roll(weight, 1, axis=0), **arguments)
-
-
 _CONVOLUTION: Any = (
     convolution,
     convolution_bound,
     convolution_backward,
     {
-        "a kernel flipped": _with_kernel(lambda w: np.flip(w, tuple(range(2, w.ndim)))),
-        "a kernel times 1 + 1e-5": _with_kernel(lambda w: w * (1 + 1e-5)),
-        "a bias of 1e-6 in a convolution": lambda x, **named: convolution(x, **named) + 1e-6,
+        "a kernel flipped": _with_weight(lambda w: np.flip(w, (*range(2, w.ndim),)), convolution),
+        "a kernel times 1 + 1e-5": _with_weight(lambda w: w * (1 + 1e-5), convolution),
+        "a bias of 1e-6": lambda x, **arguments: convolution(x, **arguments) + 1e-6,
     },
 )
 CONV1D = Layer("conv1d", *_CONVOLUTION)
@@ -341,5 +284,5 @@ EMBEDDING = Layer(
     embedding,
     embedding_bound,
     embedding_backward,
-    controls={"an embedding shifted by one row": _neighbours},
+    {"an embedding shifted by one row": _with_weight(lambda w: np.roll(w, 1, axis=0), embedding)},
 )

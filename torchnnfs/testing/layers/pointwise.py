@@ -1,10 +1,10 @@
 """Layers that treat each number by itself.
 
 Each bound has two parts: how far the error that came in can move the function, and what the
-computation rounds, at the input that it really had. Where a function f is monotone between its
-turning points, the first part is exact: the largest change is at an end of the interval from
-x - e to x + e or at a turning point in it. For the second part a concave f with f(0) = 0 helps: if
-its argument is wrong by the relative error d, f is wrong by d at most.
+computation rounds, at the input that it really had. If f is monotone between its turning points,
+the first part is exact: the largest change is at an end of the interval from x - e to x + e or at a
+turning point in it. For the second a concave f with f(0) = 0 helps: if its argument is wrong by the
+relative error d, f is wrong by d at most.
 
 Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 1.6 (what a
 function makes of an error) and 3.1 (roundings in a row).
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Layer, finished
+from torchnnfs.testing.layers import Gradients, Layer, finished, gradient
 from torchnnfs.testing.precision import EXP_ULP, Array, Precision
 
 _EXP = 2 * EXP_ULP  # in units roundoff
@@ -26,9 +27,23 @@ _EXP = 2 * EXP_ULP  # in units roundoff
 def moved(forward: Callable[[Array], Array], x: Array, error: Array, *turns: float) -> Array:
     """The largest change of `forward` within `error`, if it is monotone between its `turns`."""
     low, high, y = x - error, x + error, forward(x)
-    places = [low, high, *(np.clip(turn, low, high) for turn in turns)]
-    farthest: Array = np.max([np.abs(forward(place) - y) for place in places], axis=0)
+    values = [forward(low), forward(high), *(forward(np.clip(t, low, high)) for t in turns)]
+    farthest: Array = np.max([np.abs(value - y) for value in values], axis=0)
+    # These differences round in float64.
+    farthest += (error > 0) * 2.0**-51 * np.max(np.abs([y, *values]), axis=0)
     return farthest
+
+
+def passed_on_bound(x: Array, error: Array, precision: Precision) -> Array:
+    """``e``: no number rounds, and none moves farther. What is tiny may be flushed to zero."""
+    return error + precision.tiny
+
+
+def passed_on_backward(
+    x: Array, y: Array, g: Array, precision: Precision, **arguments: Any
+) -> Gradients:
+    """``dL/dx = g``, in the shape of x."""
+    return {"input": (g.reshape(x.shape), np.full(x.shape, precision.tiny))}
 
 
 def relu(x: Array) -> Array:
@@ -37,8 +52,8 @@ def relu(x: Array) -> Array:
 
 
 def relu_bound(x: Array, error: Array, precision: Precision) -> Array:
-    """``e``: the larger of 0 and x is found without rounding (what is tiny may be flushed)."""
-    return error + precision.tiny
+    """What e moves: the larger of 0 and x is found without rounding (tiny may be flushed)."""
+    return moved(relu, x, error) + precision.tiny
 
 
 def relu_backward(x: Array, y: Array, g: Array, precision: Precision) -> Gradients:
@@ -51,29 +66,15 @@ def identity(x: Array) -> Array:
     return x
 
 
-def identity_bound(x: Array, error: Array, precision: Precision) -> Array:
-    """The error that came in."""
-    return error + precision.tiny
-
-
-def identity_backward(x: Array, y: Array, g: Array, precision: Precision) -> Gradients:
-    """``dL/dx = g``."""
-    return {"input": (g, np.full_like(g, precision.tiny))}
-
-
-def leaky_relu(x: Array, negative_slope: float = 0.01) -> Array:
+def leaky_relu(x: Array, negative_slope: float) -> Array:
     """``y = x`` where x > 0, else ``negative_slope x``."""
-    y: Array = np.where(x > 0, x, negative_slope * x).astype(x.dtype)
-    return y
+    return np.where(x > 0, x, x.dtype.type(negative_slope) * x)
 
 
-@np.errstate(all="ignore")
-def leaky_relu_bound(
-    x: Array, error: Array, precision: Precision, negative_slope: float = 0.01
-) -> Array:
+def leaky_relu_bound(x: Array, error: Array, precision: Precision, negative_slope: float) -> Array:
     """What e moves, and ``gamma(2) |slope| |x - e|`` where x - e < 0: slope and product round.
 
-    Some libraries store the slope in the half type, so there it rounds once more.
+    Some libraries store the slope in the half type: there it rounds once more.
     """
     roundings = precision.gamma(2) + precision.stored_unit
     bound = moved(lambda x: leaky_relu(x, negative_slope), x, error, 0.0)
@@ -82,67 +83,65 @@ def leaky_relu_bound(
 
 
 def leaky_relu_backward(
-    x: Array, y: Array, g: Array, precision: Precision, negative_slope: float = 0.01
+    x: Array, y: Array, g: Array, precision: Precision, negative_slope: float
 ) -> Gradients:
     """``dL/dx = g`` where x > 0, else ``negative_slope g``."""
     exact = np.where(x > 0, 1.0, negative_slope) * g
-    roundings = precision.gamma(2) + precision.stored_unit
-    bound = np.where(x > 0, 0.0, roundings * np.abs(exact))
-    return {"input": (exact, finished(exact, bound, np.zeros_like(g), precision))}
+    bound = np.where(x > 0, 0.0, (precision.gamma(2) + precision.stored_unit) * np.abs(exact))
+    return {"input": gradient(exact, bound, precision)}
 
 
 def tanh(x: Array) -> Array:
-    """``y = tanh(x)``."""
+    """``y = (exp(x) - exp(-x)) / (exp(x) + exp(-x))``."""
     return np.tanh(x)
 
 
-@np.errstate(all="ignore")
 def tanh_bound(x: Array, error: Array, precision: Precision) -> Array:
     """What e moves, and ``gamma(6) |y|``: tanh is right to three units in the last place."""
-    y = np.tanh(x)
-    bound = moved(np.tanh, x, error)
-    bound = bound + precision.gamma(_EXP) * (np.abs(y) + bound)
-    return finished(y, bound, error, precision)
+    bound = moved(tanh, x, error) + precision.gamma(_EXP) * tanh(np.abs(x) + error)
+    return finished(tanh(x), bound, error, precision)
 
 
 def tanh_backward(x: Array, y: Array, g: Array, precision: Precision) -> Gradients:
     """``dL/dx = g (1 - y^2)``, from the y that the layer computed; the square rounds, then all."""
     exact = g * (1 - y * y)
     bound = precision.gamma(2) * np.abs(exact) + precision.gamma(1) * np.abs(g) * y * y
-    return {"input": (exact, finished(exact, bound, np.zeros_like(g), precision))}
+    return {"input": gradient(exact, bound, precision)}
 
 
 def sigmoid(x: Array) -> Array:
     """``y = 1 / (1 + exp(-x))``, for negative x as ``exp(x) / (1 + exp(x))``: none overflows."""
     power = np.exp(-np.abs(x))
-    y: Array = np.where(x < 0, power, 1).astype(x.dtype) / (1 + power)
+    y: Array = np.where(x < 0, power, x.dtype.type(1)) / (1 + power)
     return y
 
 
-@np.errstate(all="ignore")
 def sigmoid_bound(x: Array, error: Array, precision: Precision) -> Array:
     """What e moves, and ``gamma(8) max(y, 1/2)``.
 
-    exp is wrong by 6 u and is ``1 - y`` of the sum; sum and quotient round: ``gamma(8) y`` at most.
-    Many libraries compute ``1/2 + tanh(x / 2) / 2`` or a fraction of two polynomials plus 1/2: of
-    these a small y is as uncertain as 1/2, ``gamma(4)``.
+    exp is wrong by 6 u, and the sum less; sum and quotient round: ``gamma(8) y`` at most. Many
+    libraries compute ``1/2 + tanh(x / 2) / 2`` or a fraction of two polynomials plus 1/2. There a
+    small y is as uncertain as 1/2, up to ``gamma(8) / 2``.
     """
-    y = sigmoid(x)
-    bound = moved(sigmoid, x, error)
-    bound = bound + precision.gamma(_EXP + 2) * np.maximum(y + bound, 0.5)
-    return finished(y, bound, error, precision)
+    roundings = precision.gamma(_EXP + 2)
+    bound = moved(sigmoid, x, error) + roundings * np.maximum(sigmoid(x + error), 0.5)
+    return finished(sigmoid(x), bound, error, precision)
 
 
 def sigmoid_backward(x: Array, y: Array, g: Array, precision: Precision) -> Gradients:
-    """``dL/dx = g y (1 - y)``, from the y that the layer computed: three roundings."""
+    """``dL/dx = g y (1 - y)``, from the y that the layer computed: three roundings.
+
+    Of half types torch stores each of them on the CPU.
+    """
     exact = g * y * (1 - y)
-    bound = precision.gamma(3) * np.abs(exact) + precision.tiny * (np.abs(g) + 1)
-    return {"input": (exact, finished(exact, bound, np.zeros_like(g), precision))}
+    bound = 4 * precision.roundoff * np.abs(exact)
+    bound = bound + (precision.tiny + precision.stored_tiny) * (np.abs(g) + 1)
+    return {"input": gradient(exact, bound, precision)}
 
 
 _ERFC = np.vectorize(math.erfc, otypes=[float])
 _SLOPE, _CUBE = math.sqrt(2 / math.pi), 0.044715
-#: Where the two forms of GELU are least, to sixteen digits.
+#: Where the two forms of GELU are least.
 _LEAST = {"none": -0.7517915246935645, "tanh": -0.752461422071016}
 #: Roundings of erf or tanh at a rounded argument, and three more of the sum and the products.
 _ROUNDINGS = {"none": _EXP + 2 + 3, "tanh": _EXP + 7 + 3}
@@ -162,7 +161,7 @@ def _gate_size(x: Array, error: Array, approximate: str) -> Array:
     return np.maximum(far - 0.5, _gate(x + error, approximate))
 
 
-def gelu(x: Array, approximate: str = "none") -> Array:
+def gelu(x: Array, approximate: str) -> Array:
     """``y = x Phi(x)``, Phi the normal distribution ``(1 + erf(x / sqrt 2)) / 2``.
 
     With ``approximate="tanh"`` it is ``(1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2``.
@@ -170,24 +169,21 @@ def gelu(x: Array, approximate: str = "none") -> Array:
     return x * _gate(x, approximate)
 
 
-@np.errstate(all="ignore")
-def gelu_bound(x: Array, error: Array, precision: Precision, approximate: str = "none") -> Array:
+def gelu_bound(x: Array, error: Array, precision: Precision, approximate: str) -> Array:
     """What e moves, and ``gamma(n) |x| max(|erf|, 1 + erf) / 2``, n = 11, or 16 with tanh.
 
     The argument of erf rounds twice, that of tanh seven times; both are concave, so their relative
     error is no larger. They are wrong by 6 u themselves. Then the sum ``1 + erf`` and two products
     round. As an error of erf is not small against ``1 + erf`` at negative x, the larger counts.
     """
-    y, far = gelu(x, approximate), np.abs(x) + error
+    far, roundings = np.abs(x) + error, precision.gamma(_ROUNDINGS[approximate])
     bound = moved(lambda x: gelu(x, approximate), x, error, _LEAST[approximate])
-    roundings = precision.gamma(_ROUNDINGS[approximate])
     bound = bound + (roundings * _gate_size(x, error, approximate) + precision.tiny) * far
-    return finished(y, bound, error, precision)
+    return finished(gelu(x, approximate), bound, error, precision)
 
 
-@np.errstate(all="ignore")
 def gelu_backward(
-    x: Array, y: Array, g: Array, precision: Precision, approximate: str = "none"
+    x: Array, y: Array, g: Array, precision: Precision, approximate: str
 ) -> Gradients:
     """``dL/dx = g (Phi(x) + x Phi'(x))``; ``Phi'`` is the normal density ``exp(-x^2 / 2) / c``.
 
@@ -202,11 +198,19 @@ def gelu_backward(
         wrong = inner / 4 * precision.gamma(2 * roundings + 7)
     else:
         slope = np.abs(x) * np.exp(-square / 2) / math.sqrt(2 * math.pi)
-        wrong = slope * precision.gamma(_EXP + 4) + slope * np.expm1(square * precision.unit)
+        wrong = slope * (precision.gamma(_EXP + 4) + np.expm1(square * precision.unit))
     exact = g * (gate + np.copysign(slope, x))
     bound = np.abs(g) * (precision.gamma(roundings) * size + wrong + precision.tiny * (1 + square))
     bound = bound + precision.gamma(2) * (np.abs(exact) + bound)
-    return {"input": (exact, finished(exact, bound, np.zeros_like(g), precision))}
+    return {"input": gradient(exact, bound, precision)}
+
+
+def _steeper(x: Array, negative_slope: float) -> Array | None:
+    return leaky_relu(x, 1.01 * negative_slope) if negative_slope else None
+
+
+def _other_gelu(x: Array, approximate: str) -> Array:
+    return gelu(x, "none" if approximate == "tanh" else "tanh")
 
 
 RELU = Layer(
@@ -221,32 +225,16 @@ RELU = Layer(
     },
 )
 LEAKY_RELU = Layer(
-    "leaky ReLU",
+    "leaky relu",
     leaky_relu,
     leaky_relu_bound,
     leaky_relu_backward,
-    controls={
-        "leaky ReLU left out": lambda x, negative_slope: x,
-        "leaky ReLU, slope 1 % too large": lambda x, negative_slope: (
-            leaky_relu(x, 1.01 * negative_slope) if negative_slope else None
-        ),
-    },
+    {"leaky ReLU, slope 1 % too large": _steeper},
 )
 TANH = Layer("tanh", tanh, tanh_bound, tanh_backward, {"tanh left out": lambda x: x})
 SIGMOID = Layer(
     "sigmoid", sigmoid, sigmoid_bound, sigmoid_backward, {"sigmoid left out": lambda x: x}
 )
-GELU = Layer(
-    "gelu",
-    gelu,
-    gelu_bound,
-    gelu_backward,
-    controls={
-        "GELU left out": lambda x, approximate: x,
-        "GELU in its other form": lambda x, approximate: gelu(
-            x, "none" if approximate == "tanh" else "tanh"
-        ),
-    },
-)
-IDENTITY = Layer("identity", identity, identity_bound, identity_backward)
-DROPOUT = Layer("dropout", identity, identity_bound, identity_backward, eval_only=True)
+GELU = Layer("gelu", gelu, gelu_bound, gelu_backward, {"GELU in its other form": _other_gelu})
+IDENTITY = Layer("identity", identity, passed_on_bound, passed_on_backward)
+DROPOUT = Layer("dropout", identity, passed_on_bound, passed_on_backward, eval_only=True)

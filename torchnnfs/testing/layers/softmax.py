@@ -33,7 +33,6 @@ def softmax(x: Array, dim: int | None = -1) -> Array:
     return powers / total
 
 
-@np.errstate(all="ignore")
 def softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None = -1) -> Array:
     """``p ((1 + d) (1 + q) (1 + u) / (1 - s) - 1)``, where p is the exact softmax of x.
 
@@ -42,8 +41,8 @@ def softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None 
     q is the error of one computed exponential: of its argument, ``u (max x - x + 2 max e)``, and
     of exp itself. s is that of the sum: the mean of q, weighted with p, and the additions.
 
-    Or, as ``exp(log_softmax(x))``, ``p (exp(l) (1 + 6 u) - 1)`` where l is the bound of the
-    logarithm, kept in the precision of the arithmetic. The larger of the two holds for both ways.
+    As ``exp(log_softmax(x))`` it is ``p ((1 + d) (1 + 6 u) exp(l) - 1)``, l what the logarithm
+    rounds, kept in the precision of the arithmetic. The larger of the two holds for both ways.
     """
     dim = _named(dim, "Softmax")
     u = precision.unit
@@ -62,10 +61,10 @@ def softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None 
     s = np.sum(np.where(p > 0, p * (1 + d) * q, nothing), axis=dim, keepdims=True)
     s = s + precision.gamma(x.shape[dim] - 1) * (1 + s)
     relative = np.where(s < 1, (1 + d) * (1 + q) * (1 + u) / (1 - s) - 1, np.inf)
-    logarithm = log_softmax_bound(x, error, replace(precision, stored_unit=0, stored_tiny=0), dim)
-    r = 2 * EXP_ULP * u
-    by_logarithm = np.expm1(logarithm) * (1 + r) + r
-    nothing = np.fmax(nothing, np.exp(log_softmax(x, dim) + logarithm))
+    arithmetic = replace(precision, stored_unit=0, stored_tiny=0)
+    carried, rounded = _logarithm(x, error, arithmetic, dim)
+    by_logarithm = (1 + d) * (1 + 2 * EXP_ULP * u) * np.exp(rounded) - 1
+    nothing = np.fmax(nothing, np.exp(log_softmax(x, dim) + carried + rounded))
     # No correct result leaves [0, 1], so no error is larger than 1 and a few roundings.
     bound = np.fmin(np.where(p > 0, p * np.fmax(relative, by_logarithm), nothing), 1 + 8 * u)
     bound = bound + precision.tiny + (precision.stored_tiny if kept else 0.0)
@@ -92,29 +91,37 @@ def log_softmax(x: Array, dim: int | None = -1) -> Array:
     return shifted - np.log(total)
 
 
-@np.errstate(all="ignore")
-def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None = -1) -> Array:
-    """``e + max e + u (m - x + 2 max e) + s / (1 - s) + 2 u (...)``.
-
-    The logarithm of a sum of exponentials moves at most as far as the input that moves most. s is
-    the relative error of the computed sum, as in `softmax`; log and two subtractions round. Of half
-    types torch keeps the sum, and ``m + log sum``, in the stored type on the CPU.
-    """
-    dim = _named(dim, "LogSoftmax")
+def _logarithm(x: Array, error: Array, precision: Precision, dim: int) -> tuple[Array, Array]:
+    """How far e moves the exact result, and what the computation rounds."""
     u = precision.unit
     y = log_softmax(x, dim)
+    p, m = np.exp(y), np.expm1(error)
     depth = np.max(x, axis=dim, keepdims=True) - x
     widest = np.max(error, axis=dim, keepdims=True)
+    others = np.sum(p * m, axis=dim, keepdims=True) - p * m
+    carried = np.fmin(np.log1p(m * (1 - p) + (1 + m) * others), error + widest)
     q = np.expm1(u * (depth + 2 * widest)) + 2 * EXP_ULP * u
     terms = np.exp(y + error + widest)
     s = np.sum(np.where(terms > 0, terms * q, 0.0), axis=dim, keepdims=True)
     s = s + (precision.gamma(x.shape[dim] - 1) + precision.stored_unit) * (1 + s)
-    log = np.abs(y + depth)
-    bound = error + widest + u * (depth + 2 * widest)
-    bound = bound + np.where(s < 1, s / (1 - s), np.inf) + 2 * EXP_ULP * u * log
-    bound = bound + u * (np.abs(y) + bound)
-    bound = bound + precision.stored_unit * np.abs(x - y) + precision.stored_tiny
-    return finished(y, bound + precision.tiny, widest, precision)
+    rounded = u * (depth + 2 * widest) + 2 * EXP_ULP * u * np.abs(y + depth)
+    rounded = rounded + np.where(s < 1, s / (1 - s), np.inf)
+    return carried, rounded + u * (np.abs(y) + carried + rounded)
+
+
+def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None = -1) -> Array:
+    """``log(1 + sum_{j != i} p_j (exp(e_i + e_j) - 1))``, and what is rounded.
+
+    The first is how far the result moves if x_i moves one way and all others the other way.
+    Rounded is ``u (m - x + 2 max e) + s / (1 - s) + 6 u log sum + u |y|``: s is the relative error
+    of the computed sum, as in `softmax_bound`; log and two subtractions round. Of half types torch
+    keeps the sum, and ``m + log sum``, in the stored type on the CPU.
+    """
+    dim = _named(dim, "LogSoftmax")
+    y = log_softmax(x, dim)
+    carried, rounded = _logarithm(x, error, precision, dim)
+    kept = precision.stored_unit * np.abs(x - y) + precision.stored_tiny + precision.tiny
+    return finished(y, carried + rounded + kept, np.max(error, axis=dim, keepdims=True), precision)
 
 
 def log_softmax_backward(
