@@ -23,6 +23,7 @@ LAYERS = [
     "torchnnfs.testing.controls",
     "torchnnfs.testing.gradients",
     "torchnnfs.testing.judge",
+    "torchnnfs.testing.problem",
     "torchnnfs.testing.exact",
     "torchnnfs.testing.golden",
     "torchnnfs.testing.candidates",

@@ -21,9 +21,10 @@ from torchnnfs.testing.environment import describe, precision_notes
 from torchnnfs.testing.files import write_whole
 from torchnnfs.testing.gradients import judge_gradients
 from torchnnfs.testing.inputs import check_finite, check_input, check_model
-from torchnnfs.testing.judge import Problem, Row, judge
+from torchnnfs.testing.judge import Row, judge, judge_formula
 from torchnnfs.testing.models import leaves, own_dtype, to_numpy, walk
 from torchnnfs.testing.outcome import Outcome
+from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.reference import Reference, read
 
 
@@ -182,7 +183,7 @@ def compare(
     # A dtype may overflow: that is judged, and no reason to warn.
     with np.errstate(all="ignore"), _untouched_chance():
         return _compare(
-            model, input, trusted, chosen, golden_file, backward, target, controls, step
+            model, input, trusted, chosen, own, golden_file, backward, target, controls, step
         )
 
 
@@ -191,6 +192,7 @@ def _compare(
     input: Any,
     reference: Reference,
     chosen: list[Candidate],
+    own: torch.dtype,
     golden_file: str | None,
     backward: bool,
     target: Tensor | None,
@@ -226,6 +228,9 @@ def _compare(
         rows += found
         if backward and trace.name == "eager":
             rows += judge_gradients(ran[id(trace)], model, input, target, problem)
+    if dtype_name(own) not in problems and reference.judges_output:
+        problems[dtype_name(own)] = Problem(model, input, reference, own)
+    rows += [row for each in problems.values() if each.is_own for row in judge_formula(each)]
     first = problems[traces[0].dtype]
     tried: tuple[Control, ...] = ()
     notes = [*reference.notes, *_notes(first, traces)]

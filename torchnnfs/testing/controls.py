@@ -12,11 +12,12 @@ from torch import nn
 
 from torchnnfs.testing.candidates import Call, Candidate, Formula, single
 from torchnnfs.testing.exact import known
-from torchnnfs.testing.judge import DIFFERS, EXCESS, Problem, judge
+from torchnnfs.testing.judge import DIFFERS, EXCESS, judge
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.layers.softmax import UNSHIFTED
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.precision import PRECISIONS, Array
+from torchnnfs.testing.problem import Problem
 
 
 @dataclass(frozen=True)

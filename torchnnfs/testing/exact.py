@@ -27,6 +27,7 @@ from torchnnfs.testing.models import (
     convert,
     leaves,
     split,
+    state_of,
     to_numpy,
     walk,
 )
@@ -37,6 +38,9 @@ from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 #: bound: it shows rounding and faults of a dtype, not a wrong formula.
 ROUNDING, ESTIMATED, ITSELF = "rounding", "estimated", "own float64 run"
 _ORDER = (ROUNDING, ESTIMATED, ITSELF)
+
+#: What a forward may raise that was not made for float64.
+_NO_RUN = (RuntimeError, TypeError, ValueError, IndexError)
 
 #: An estimated bound is this many times the largest change in that many runs.
 _SPREAD, _RUNS = 8, 8
@@ -264,8 +268,37 @@ class Exact:
             return known(place.layer, x, off, precision, self.arguments.get(path, {}))
         try:
             return self._own_run(place, given, error, precision)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as failure:
+        except _NO_RUN as failure:
             self.failed[path] = " ".join(str(failure).split())[:200]
+            return None
+
+    def reach(self) -> dict[str, Array] | None:
+        """How far the output moves when each parameter and input is off by its rounding."""
+        unit = self.precision.roundoff
+
+        def run(seed: int | None) -> Any:
+            signs = np.random.RandomState(seed)
+
+            def moved(array: Array) -> Tensor:
+                off = unit * signs.choice([-1.0, 1.0], array.shape) if seed is not None else 0.0
+                floating = array.dtype.kind == "f"
+                return torch.from_numpy(np.array(array * (1 + off) if floating else array))
+
+            state = state_of(self.model, "cpu", torch.float64, self.dtype)
+            state = {name: moved(to_numpy(each)) for name, each in state.items()}
+            args, kwargs = convert(split(self.input), np.ndarray, moved)
+            with (
+                torch.no_grad(),
+                same_chance(),
+                borrowed(self.model, "cpu", torch.float64, self.dtype, state) as compute,
+                Double(),  # type: ignore[no-untyped-call]
+            ):
+                return convert(compute(*args, **kwargs), Tensor, to_numpy)
+
+        try:
+            return estimate(run, PRECISIONS["float64"]).bounds
+        except _NO_RUN as failure:
+            self.failed[""] = " ".join(str(failure).split())[:200]
             return None
 
     def inside(self, path: str, precision: Precision) -> Expected | None:
@@ -274,7 +307,7 @@ class Exact:
         whole = Place("", self.model, None, True)
         try:
             return self._own_run(whole, split(self.input), None, precision, module)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as failure:
+        except _NO_RUN as failure:
             self.failed[path] = " ".join(str(failure).split())[:200]
             return None
 

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from torchnnfs.testing.candidates import Candidate, Trace, dtype_name
 from torchnnfs.testing.exact import ROUNDING
-from torchnnfs.testing.judge import Judged, Problem, Row, make_row
+from torchnnfs.testing.judge import Judged, Row, make_row
 from torchnnfs.testing.layers import softmax
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.models import borrowed, cast, split, state_of, to_numpy
 from torchnnfs.testing.precision import Array, Precision
+from torchnnfs.testing.problem import Problem
 
 
 class _Call(NamedTuple):

@@ -6,21 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
 from torchnnfs.testing.candidates import Call, Trace
-from torchnnfs.testing.exact import ESTIMATED, ITSELF, ROUNDING, Exact, Expected
+from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Expected
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.measure import Measured, Worst, measure
-from torchnnfs.testing.models import Place, leaves, split
+from torchnnfs.testing.models import leaves
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
-from torchnnfs.testing.reference import Answer, Reference
+from torchnnfs.testing.problem import Problem, nominal
 
 #: What a row that differs rests on, where no bound is behind it.
 EXCESS, TWICE = "excess", "not the same twice"
@@ -107,141 +104,6 @@ class Row:
         return "dL/" in self.kind
 
 
-class Problem:
-    """What is expected of every trace in one dtype.
-
-    Attributes:
-        reference: what the candidates are compared with.
-        model: the exact chain of the model itself.
-        exact: that of the reference's layers and parameters, where it is a module with the model's
-            layers; else the model's own.
-        paired: for each place of the model that of `exact`.
-        mismatch: where a reference that is a module has other layers than the model.
-    """
-
-    def __init__(self, model: nn.Module, input: Any, reference: Reference, dtype: torch.dtype):
-        self.reference = reference
-        self.model = self.exact = Exact(model, input, dtype)
-        self.paired = {path: path for path in self.model.places}
-        self.mismatch = ""
-        self.end = self.model.end
-        if reference.module is not None:
-            other = Exact(reference.module, input, dtype)
-            self.mismatch, pairs = _pair(self.model, other)
-            self.end = other.end
-            if not self.mismatch:
-                self.exact, self.paired = other, pairs
-        ours = [self.paired.get(path) for path in self.model.steps]
-        self.is_chain = ours == self.exact.steps
-
-    @property
-    def precision(self) -> Precision:
-        """What the dtype rounds to."""
-        return self.exact.precision
-
-    def isolated(self, call: Call) -> Expected | None:
-        """What the call's place should give for what it got; None where nobody can say."""
-        given = (call.args, call.kwargs)
-        path = self.paired.get(call.path)
-        expected = None if path is None else self.exact.at(path, given)
-        source = self.reference.sources.get(call.path) if call.path else None
-        if source is None:
-            return self._independent(expected)
-        answer = source(given, self.model.dtype != torch.float64)
-        own = None if path is None else self.exact.at(path, given, None, answer.precision)
-        return _allowing(answer, expected, own)
-
-    def chained(self, index: int) -> Expected | None:
-        """What comes out of that step of the chain."""
-        chain = self.exact.chain() if self.is_chain else []
-        return self._independent(chain[index]) if index < len(chain) else None
-
-    def recorded(self, path: str) -> Expected:
-        """What came out elsewhere at a place within the model."""
-        answer = self.reference.recorded[path]
-        inside = (self.model.inside(path, each) for each in (self.precision, answer.precision))
-        return _allowing(answer, *inside)
-
-    @cached_property
-    def output(self) -> Expected | None:
-        """What the model should give for its input; None where nobody can say."""
-        answer = self.reference.recorded.get("")
-        if "" in self.reference.sources:
-            given = split(self.model.input)
-            answer = self.reference.sources[""](given, self.model.dtype != torch.float64)
-        if answer is None:
-            return self._independent(self.end())
-        return _allowing(answer, self.end(), self.end(answer.precision))
-
-    def _independent(self, expected: Expected | None) -> Expected | None:
-        """A float64 run of another model is no run of its own."""
-        if expected is None or self.reference.module is None or expected.basis != ITSELF:
-            return expected
-        return replace(expected, basis=ESTIMATED)
-
-    @property
-    def unjudged(self) -> tuple[str, ...]:
-        """The steps that nothing independent judged."""
-        if self.reference.judges_output:
-            return ()
-        covered = self.reference.sources.keys() | self.reference.recorded.keys()
-        places = [self.model.places[path] for path in dict.fromkeys(self.model.steps)]
-        return tuple(
-            f"{place.label} {place.kind}"
-            for place in places
-            if place.layer is None and place.path not in covered
-        )
-
-
-def _allowing(answer: Answer, expected: Expected | None, own: Expected | None) -> Expected:
-    """What a reference gave, its own rounding errors allowed beside the candidate's."""
-    values = leaves(answer.output)
-    if expected is None or own is None or len(values) != len(expected.bounds):
-        # Nothing is known but the numbers' size.
-        bounds = {name: _nominal(value, answer.precision) for name, value in values.items()}
-        return Expected(answer.output, bounds, ESTIMATED, "the reference")
-    both = [a + b for a, b in zip(expected.bounds.values(), own.bounds.values(), strict=True)]
-    basis = ROUNDING if expected.basis == ROUNDING else ESTIMATED
-    bounds = dict(zip(values, both, strict=True))
-    return Expected(answer.output, bounds, basis, "the reference")
-
-
-def _nominal(value: Array, precision: Precision) -> Array:
-    size = np.max(np.abs(value), initial=0.0, where=np.isfinite(value))
-    return np.full(value.shape, 64 * precision.roundoff * float(size))
-
-
-def _pair(model: Exact, other: Exact) -> tuple[str, dict[str, str]]:
-    """Where the layers of the two first differ, in words, or the places of `other` by ours."""
-    ours, theirs = _called(model), _called(other)
-    for place, partner in zip_longest(ours, theirs):
-        expected = _signature(place, model) if place else "nothing more"
-        got = _signature(partner, other) if partner else "nothing more"
-        if expected != got:
-            where = (
-                f"the model's layer {place.label!r} is {expected}" if place else "the model ends"
-            )
-            return f"where {where}, the reference has {got}", {}
-    return "", {a.path: b.path for a, b in zip(ours, theirs, strict=True)}
-
-
-def _called(exact: Exact) -> list[Place]:
-    return [
-        place
-        for place in exact.places.values()
-        if place.layer is None or place.path in exact.arguments
-    ]
-
-
-def _signature(place: Place, exact: Exact) -> str:
-    """What must be the same of two layers that are paired: the computation and its shapes."""
-    if place.layer is None:
-        return "a module with its own forward"
-    arguments = exact.arguments[place.path].items()
-    shapes = [f"{name}={getattr(value, 'shape', value)}" for name, value in arguments]
-    return f"{place.layer.name}({', '.join(shapes)})"
-
-
 class Judged(NamedTuple):
     """What was measured of an array, what that rests on, and who gave the expected one."""
 
@@ -266,7 +128,7 @@ def judge(trace: Trace, problem: Problem) -> list[Row]:
         if step < len(problem.model.steps) and call.path == problem.model.steps[step]:
             chained = problem.chained(step)
             step, last = step + 1, call.output
-        if call.path in problem.reference.recorded and call.path:
+        if problem.is_own and call.path and call.path in problem.reference.recorded:
             chained = problem.recorded(call.path)
         if isolated is None and chained is None:
             continue
@@ -284,7 +146,9 @@ def judge(trace: Trace, problem: Problem) -> list[Row]:
         wrong = wrong or any(row.state == DIFFERS for row in found)
     named = problem.reference.sources.keys() | problem.reference.recorded.keys()
     shown = last is not None and step == len(problem.model.steps) and _same(last, trace.output)
-    if problem.output is not None and ("" in named or problem.mismatch or not shown):
+    judged_here = problem.is_own and problem.formula is None
+    needed = not shown or (judged_here and ("" in named or bool(problem.mismatch)))
+    if needed and problem.output is not None:
         label, kind = "(output)", type(problem.model.model).__name__
         if not trace.calls and problem.is_chain and "" not in named:
             place = problem.model.places[problem.model.steps[-1]]
@@ -292,6 +156,18 @@ def judge(trace: Trace, problem: Problem) -> list[Row]:
         found = _rows(trace, label, kind, trace.output, None, problem.output, None, wrong)
         rows += [_who_is_far(row, trace, problem) if not row.ok else row for row in found]
     return [*_twice(trace, problem), *rows]
+
+
+def judge_formula(problem: Problem) -> list[Row]:
+    """A row for the output of the model in float64, where a reference gives it in float64."""
+    exact = problem.model.end(PRECISIONS["float64"])
+    if problem.formula is None or exact is None:
+        return []
+    trace = Trace("the model", "cpu", "float64", (), exact.output)
+    kind = type(problem.model.model).__name__
+    rows = _rows(trace, "(output)", kind, exact.output, None, problem.formula, None, False)
+    words = "in float64 this is no rounding: the code or the parameters differ"
+    return [row if row.ok else replace(row, reason=f"{row.reason}; {words}") for row in rows]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -462,7 +338,7 @@ def _twice(trace: Trace, problem: Problem) -> Iterator[Row]:
     bounds = {}
     known = problem.model.end()
     for index, (name, value) in enumerate(first.items()):
-        bounds[name] = _nominal(value, problem.precision)
+        bounds[name] = nominal(value, problem.precision)
         if known is not None and len(known.bounds) == len(first):
             bound = list(known.bounds.values())[index]
             bounds[name] = 2 * bound if bound.shape == value.shape else bounds[name]

@@ -28,7 +28,12 @@ class Answer:
     precision: Precision
 
 
-#: From the arguments of a place to what somebody's code gives for them.
+class NoAnswerError(TypeError):
+    """A reference's forward neither returned anything nor set an output."""
+
+
+#: From the arguments of a place to what somebody's code gives for them; in float64, or, where it
+#: cannot and that is allowed, in float32.
 Source = Callable[[tuple[tuple[Any, ...], dict[str, Any]], bool], Answer]
 
 
@@ -127,33 +132,41 @@ def source(entry: Any, where: str) -> Source:
     named = {"training": False} if _wants_training(compute) else {}
 
     def run(given: tuple[tuple[Any, ...], dict[str, Any]], single: bool) -> Answer:
-        def narrow(array: Array) -> Array:  # it may work in place: a copy of its own
-            floating = array.dtype.kind == "f"
-            return array.astype(np.float32) if single and floating else array.copy()
+        def once(tensors: bool, dtype: str) -> Answer:
+            def form(array: Array) -> Any:  # it may work in place: a copy of its own
+                own = array.astype(dtype) if array.dtype.kind == "f" else array.copy()
+                return torch.from_numpy(own) if tensors else own
 
-        def once(form: Callable[[Array], Any]) -> Any:
             args, kwargs = convert(given, np.ndarray, form)
-            result = compute(*args, **kwargs, **named)
-            return getattr(entry, "output", None) if result is None else result
+            with torch.no_grad():
+                result = compute(*args, **kwargs, **named)
+            result = getattr(entry, "output", None) if result is None else result
+            if result is None:
+                raise NoAnswerError(
+                    f"compare expects {name}.forward {where} to return an array or to set output, "
+                    "got neither"
+                )
+            return answer(result, f"{where}, {name},")
 
-        with torch.no_grad():
-            try:
+        # In float64 where it can: then a wrong formula cannot hide behind rounding.
+        failure: Exception | None = None
+        for dtype in ("float64", "float32") if single else ("float64",):
+            for tensors in (False, True):  # some code takes torch's tensors alone
                 try:
-                    found = once(narrow)
-                except (TypeError, RuntimeError):  # code that takes torch's tensors alone
-                    found = once(lambda array: torch.from_numpy(narrow(array)))
-            except Exception as error:
-                shapes = ", ".join(str(array.shape) for array in leaves(given).values())
-                raise ValueError(
-                    f"the reference {where}, {name}, cannot compute from an array of shape "
-                    f"{shapes}: {type(error).__name__}: {error}"
-                ) from error
-        if found is None:
-            raise TypeError(
-                f"compare expects {name}.forward {where} to return an array or to set output, "
-                "got neither"
-            )
-        return answer(found, f"{where}, {name},")
+                    found = once(tensors, dtype)
+                except NoAnswerError:
+                    raise
+                except Exception as error:
+                    failure = failure or error
+                    continue
+                if dtype == "float32" or not single or found.precision is PRECISIONS["float64"]:
+                    return found
+                break
+        shapes = ", ".join(str(array.shape) for array in leaves(given).values())
+        raise ValueError(
+            f"the reference {where}, {name}, cannot compute from an array of shape {shapes}: "
+            f"{type(failure).__name__}: {failure}"
+        ) from failure
 
     return run
 
@@ -181,8 +194,12 @@ def answer(found: Any, where: str) -> Answer:
         converted = np.asarray(value)
         kind = converted.dtype.name
         if kind in PRECISIONS:
+            wide: Array = converted.astype(np.float64)
+            # Float64 that holds numbers of float32 alone was computed in float32.
+            if kind == "float64" and wide.size > 8 and _is_single(wide):
+                kind = "float32"
             precisions.append(PRECISIONS[kind])
-            return converted.astype(np.float64)
+            return wide
         if converted.dtype.kind not in "iub":
             raise TypeError(
                 f"compare expects the reference {where} to give arrays of numbers, got "
@@ -195,6 +212,13 @@ def answer(found: Any, where: str) -> Answer:
     )
     output = _each(found, array) if nested else array(found)
     return Answer(output, max(precisions, key=lambda each: each.roundoff))
+
+
+def _is_single(values: Array) -> bool:
+    """Whether float32 holds these numbers, and they are no whole numbers or simple fractions."""
+    with np.errstate(over="ignore"):
+        same = np.array_equal(values.astype(np.float32), values, equal_nan=True)
+    return same and not np.array_equal(np.rint(values * 256), values * 256, equal_nan=True)
 
 
 def _each(value: Any, change: Callable[[Any], Array]) -> Any:

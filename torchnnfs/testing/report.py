@@ -19,8 +19,8 @@ LEGEND = (
     "Every result is compared with NumPy in float64. max ULP: the largest error in units in the\n"
     "last place; 0.5 at most is correctly rounded. bits equal: the share of elements that are.\n"
     "isolated: the largest error over its bound, each layer on the input it got; chained: the\n"
-    "same from the first input on. Up to 1, rounding explains the error. excess: the mean error of\n"
-    f"a dense layer over that of plain sums; up to {EXCESS_LIMIT:g} is rounding."
+    "same from the first input on. Up to 1, rounding explains the error. excess: the mean error\n"
+    f"of a dense layer over that of plain sums; up to {EXCESS_LIMIT:g} is rounding."
 )
 
 #: The columns of the table; the first four and the last hold words.

@@ -1,0 +1,189 @@
+"""What is expected of every trace in one dtype: by the exact chain, or by a reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchnnfs.testing.candidates import Call
+from torchnnfs.testing.exact import ESTIMATED, ITSELF, ROUNDING, Exact, Expected
+from torchnnfs.testing.models import Place, leaves, own_dtype, split
+from torchnnfs.testing.precision import PRECISIONS, Array, Precision
+from torchnnfs.testing.reference import Answer, Reference
+
+_DOUBLE = PRECISIONS["float64"]
+
+
+class Problem:
+    """What is expected of every trace in one dtype.
+
+    Attributes:
+        reference: what the candidates are compared with.
+        model: the exact chain of the model itself.
+        exact: that of the reference's layers and parameters, where it is a module with the model's
+            layers; else the model's own.
+        paired: for each place of the model that of `exact`.
+        mismatch: where a reference that is a module has other layers than the model.
+    """
+
+    def __init__(self, model: nn.Module, input: Any, reference: Reference, dtype: torch.dtype):
+        self.reference = reference
+        # Somebody's code has the model's own parameters, not those that another dtype stores.
+        self.is_own = dtype == own_dtype(model, input)
+        self.model = self.exact = Exact(model, input, dtype)
+        self.paired = {path: path for path in self.model.places}
+        self.mismatch = ""
+        self.end = self.model.end
+        if reference.module is not None:
+            other = Exact(reference.module, input, dtype)
+            self.mismatch, pairs = _pair(self.model, other)
+            self.end = other.end
+            if not self.mismatch:
+                self.exact, self.paired = other, pairs
+        ours = [self.paired.get(path) for path in self.model.steps]
+        self.is_chain = ours == self.exact.steps
+
+    @property
+    def precision(self) -> Precision:
+        """What the dtype rounds to."""
+        return self.exact.precision
+
+    def isolated(self, call: Call) -> Expected | None:
+        """What the call's place should give for what it got; None where nobody can say."""
+        given = (call.args, call.kwargs)
+        path = self.paired.get(call.path)
+        expected = None if path is None else self.exact.at(path, given)
+        source = self.reference.sources.get(call.path) if call.path else None
+        if source is None or not self.is_own:
+            return self._independent(expected)
+        answer = source(given, self.model.dtype != torch.float64)
+        own = None if path is None else self.exact.at(path, given, None, answer.precision)
+        return _allowing(answer, expected, own)
+
+    def chained(self, index: int) -> Expected | None:
+        """What comes out of that step of the chain."""
+        chain = self.exact.chain() if self.is_chain else []
+        return self._independent(chain[index]) if index < len(chain) else None
+
+    def recorded(self, path: str) -> Expected:
+        """What came out elsewhere at a place within the model."""
+        answer = self.reference.recorded[path]
+        inside = (self.model.inside(path, each) for each in (self.precision, answer.precision))
+        return _allowing(answer, *inside)
+
+    @cached_property
+    def _answer(self) -> Answer | None:
+        """What somebody's code or array gives for the output."""
+        if "" not in self.reference.sources:
+            return self.reference.recorded.get("")
+        single = self.model.dtype != torch.float64
+        return self.reference.sources[""](split(self.model.input), single)
+
+    @cached_property
+    def formula(self) -> Expected | None:
+        """What the model should give in float64, by a reference that can compute in float64.
+
+        The parameters may differ by their rounding, where they are not the reference's own.
+        """
+        ours = self.model.end(_DOUBLE)
+        if ours is None:
+            return None
+        if self.reference.module is not None:
+            theirs = self.end(_DOUBLE) if self.mismatch else None
+            answer = None if theirs is None else Answer(theirs.output, _DOUBLE)
+            return None if answer is None else _allowing(answer, ours, theirs)
+        answer = self._answer
+        if answer is None or answer.precision is not _DOUBLE:
+            return None
+        reach = self.model.reach()
+        if reach is None:
+            return None
+        bounds = [ours.bounds[name] + reach[name] for name in ours.bounds]
+        wide = replace(ours, bounds=dict(zip(ours.bounds, bounds, strict=True)))
+        return replace(_allowing(answer, wide, ours), basis=ESTIMATED)
+
+    @cached_property
+    def output(self) -> Expected | None:
+        """What the model should give for its input; None where nobody can say."""
+        named = "" in self.reference.sources or "" in self.reference.recorded
+        if self.formula is not None or (named and not self.is_own):
+            return self._independent(self.model.end())
+        if self._answer is None:
+            return self._independent(self.end())
+        precision = self._answer.precision
+        return _allowing(self._answer, self.end(), self.end(precision))
+
+    def _independent(self, expected: Expected | None) -> Expected | None:
+        """A float64 run of another model is no run of its own."""
+        if expected is None or self.reference.module is None or expected.basis != ITSELF:
+            return expected
+        return replace(expected, basis=ESTIMATED)
+
+    @property
+    def unjudged(self) -> tuple[str, ...]:
+        """The steps that nothing independent judged."""
+        if self.reference.judges_output:
+            return ()
+        covered = self.reference.sources.keys() | self.reference.recorded.keys()
+        places = [self.model.places[path] for path in dict.fromkeys(self.model.steps)]
+        return tuple(
+            f"{place.label} {place.kind}"
+            for place in places
+            if place.layer is None and place.path not in covered
+        )
+
+
+def _allowing(answer: Answer, expected: Expected | None, own: Expected | None) -> Expected:
+    """What a reference gave, its own rounding errors allowed beside the candidate's."""
+    values = leaves(answer.output)
+    if expected is None or own is None or len(values) != len(expected.bounds):
+        # Nothing is known but the numbers' size.
+        bounds = {name: nominal(value, answer.precision) for name, value in values.items()}
+        return Expected(answer.output, bounds, ESTIMATED, "the reference")
+    both = [a + b for a, b in zip(expected.bounds.values(), own.bounds.values(), strict=True)]
+    basis = ROUNDING if expected.basis == ROUNDING else ESTIMATED
+    bounds = dict(zip(values, both, strict=True))
+    return Expected(answer.output, bounds, basis, "the reference")
+
+
+def nominal(value: Array, precision: Precision) -> Array:
+    """What is allowed where nothing is known but the numbers: 64 u of the largest."""
+    size = np.max(np.abs(value), initial=0.0, where=np.isfinite(value))
+    return np.full(value.shape, 64 * precision.roundoff * float(size))
+
+
+def _pair(model: Exact, other: Exact) -> tuple[str, dict[str, str]]:
+    """Where the layers of the two first differ, in words, or the places of `other` by ours."""
+    ours, theirs = _called(model), _called(other)
+    for place, partner in zip_longest(ours, theirs):
+        expected = _signature(place, model) if place else "nothing more"
+        got = _signature(partner, other) if partner else "nothing more"
+        if expected != got:
+            where = (
+                f"the model's layer {place.label!r} is {expected}" if place else "the model ends"
+            )
+            return f"where {where}, the reference has {got}", {}
+    return "", {a.path: b.path for a, b in zip(ours, theirs, strict=True)}
+
+
+def _called(exact: Exact) -> list[Place]:
+    return [
+        place
+        for place in exact.places.values()
+        if place.layer is None or place.path in exact.arguments
+    ]
+
+
+def _signature(place: Place, exact: Exact) -> str:
+    """What must be the same of two layers that are paired: the computation and its shapes."""
+    if place.layer is None:
+        return "a module with its own forward"
+    arguments = exact.arguments[place.path].items()
+    shapes = [f"{name}={getattr(value, 'shape', value)}" for name, value in arguments]
+    return f"{place.layer.name}({', '.join(shapes)})"
