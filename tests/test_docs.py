@@ -39,6 +39,22 @@ def test_the_constraints_satisfy_the_metadata():
         assert [int(n) for n in pins[name].split(".")] >= [int(n) for n in lowest.split(".")]
 
 
+def test_a_keras_model_is_a_reference(tmp_path):
+    if importlib.util.find_spec("keras") is None:
+        pytest.skip("needs keras")
+    page = (ROOT / "docs/port.md").read_text()
+    (block,) = re.findall(r"```python\n(import os\n.*?)```", page, re.S)
+    for edit, verdict in ((lambda code: code, "AGREES"), (leaking, "DISAGREES")):
+        code = [sys.executable, "-W", "ignore", "-c", edit(block)]
+        done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(verdict)
+
+
+def leaking(code):
+    return code.replace("nn.ReLU()", "nn.LeakyReLU()")
+
+
 def test_readme_names_every_public_function():
     import torchnnfs
 
