@@ -1,6 +1,7 @@
 # Sourced by compare and test. `ready NAME ARGUMENT...` makes .venv hold what `pip install ARGUMENT...`
 # gives under constraints.txt. It does so once: .venv/ready-NAME is written last and says for which
-# pyproject.toml and constraints.txt. What an interrupted run left half-way is made anew.
+# pyproject.toml and constraints.txt. What an interrupted run left half-way is made anew, and so is a
+# copy of the package in .venv: the scripts run the files of this clone.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bin=$root/.venv/bin
@@ -9,6 +10,10 @@ ready() {
     local stamp=$root/.venv/ready-$1 busy=$root/.venv/installing want python=${PYTHON:-python3}
     shift
     want=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
+    if compgen -G "$root/.venv/lib/python*/site-packages/torchnnfs" >/dev/null; then
+        echo "$root/.venv holds a copy of torchnnfs; it gives way to the files of this clone." >&2
+        rm -f "$root"/.venv/ready-*
+    fi
     if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then return; fi
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "$python is missing or older than Python 3.11; name another one: PYTHON=python3.12 $0" >&2

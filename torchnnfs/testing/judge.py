@@ -15,7 +15,7 @@ from torchnnfs.testing.candidates import Call, Trace
 from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Expected
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.measure import Measured, Worst, measure
-from torchnnfs.testing.models import leaves
+from torchnnfs.testing.models import leaves, split
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.problem import Problem, nominal
 
@@ -124,10 +124,14 @@ def judge(trace: Trace, problem: Problem) -> list[Row]:
         whole = place is not None and place.layer is None and not place.path
         if whole and problem.reference.judges_output:
             continue
-        isolated, chained = problem.isolated(call), None
+        isolated = chained = None
         if step < len(problem.model.steps) and call.path == problem.model.steps[step]:
             chained = problem.chained(step)
+            if step == 0 and _same((call.args, call.kwargs), split(problem.model.input)):
+                isolated = chained  # nothing came before: both are one
             step, last = step + 1, call.output
+        if isolated is None or call.path in problem.reference.sources:
+            isolated = problem.isolated(call)
         if problem.is_own and call.path and call.path in problem.reference.recorded:
             chained = problem.recorded(call.path)
         if isolated is None and chained is None:
@@ -197,10 +201,11 @@ def _rows(
     found = []
     names = list(values) if len(values) == len(some.bounds) else [*values, *some.bounds][:1]
     for index, name in enumerate(names):
-        alone, whole = (
-            None if each is None else _judged(list(values.values()), each, index, trace)
-            for each in (isolated, chained)
-        )
+        arrays = list(values.values())
+        alone = None if isolated is None else _judged(arrays, isolated, index, trace)
+        whole = alone
+        if chained is not isolated:
+            whole = None if chained is None else _judged(arrays, chained, index, trace)
         found.append(make_row(trace, label + name, kind, alone, whole, excess, wrong))
     return found
 
@@ -232,7 +237,8 @@ def make_row(
     decisive = max(shown, key=lambda judged: judged.measured.ratio)
     measured, basis, state, reason = shown[0].measured, decisive.basis, OK, ""
     if decisive.measured.ratio > 1:
-        state = INPUT if decisive is chained and isolated is not None and wrong else DIFFERS
+        only_chained = isolated is not None and isolated.measured.ratio <= 1
+        state = INPUT if only_chained and wrong else DIFFERS
         reason = _reason(decisive)
     elif measured.size and measured.unbounded == measured.size:
         state, reason = NOTHING, f"{trace.dtype} may overflow in every element"
