@@ -14,11 +14,12 @@ import torch
 from nnfs.datasets import spiral_data
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from torchnnfs.testing.bounds import PRECISIONS
 
 from torchnnfs import Dense, ReLU, Softmax, book, book_numpy, classifier, compare, spiral
 from torchnnfs.book import Activation_ReLU, Activation_Softmax, Layer_Dense
-from torchnnfs.testing import Candidate, bounds
+from torchnnfs.testing import Candidate
+from torchnnfs.testing.layers.softmax import softmax_bound
+from torchnnfs.testing.precision import PRECISIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -417,5 +418,5 @@ def test_the_bounds_hold_for_the_dialect_at_any_scale(device):
         logits = (rng.randn(100, 10) * scale).astype(np.float32)
         ours = Activation_Softmax().forward(torch.from_numpy(logits).to(device)).cpu().numpy()
         exact = torch.from_numpy(logits).double().softmax(-1).numpy()
-        bound = bounds.softmax(logits.astype(float), np.zeros(logits.shape), PRECISIONS["float32"])
+        bound = softmax_bound(logits.astype(float), np.zeros(logits.shape), PRECISIONS["float32"])
         assert (np.abs(ours - exact) <= bound).all()

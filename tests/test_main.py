@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,13 +81,20 @@ def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "the following arguments are required: COMMAND"),
+        (
+            "compar",
+            "invalid choice: 'compar' (choose from 'compare', 'page'); did you mean compare?",
+        ),
+        (
+            "compare --sample 3 --divice cpu",
+            "unrecognized arguments: --divice; did you mean --device?",
+        ),
         ("compare --samples 0", "argument --samples: expected at least 1, got 0"),
         ("compare --samples ten", "argument --samples: invalid int value: 'ten'"),
         ("compare --classes 300", "at most 256 classes"),
         ("compare --samples 1000000000", "GiB of memory"),
         ("compare --hidden -1", "argument --hidden: expected at least 1, got -1"),
-        ("compare --seed -1", "expected 0 to 2**32 - 1, got -1"),
+        ("compare --seed -1", "expected 0 to 4294967295, got -1"),
         ("compare --dtype int8", "invalid choice: 'int8'"),
         ("compare --hidden 100000000 100000000", "GiB of memory"),
         ("compare --device warp", "--device 'warp' is unknown to torch; here are cpu"),
@@ -118,6 +126,93 @@ def test_wrong_usage_is_one_line_and_exits_with_2(arguments, message, capsys):
     assert captured.out == ""
 
 
+OWN = """
+import numpy as np
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, slope=0.0):
+        super().__init__()
+        self.layer, self.slope = nn.Linear(4, 3), slope
+        nn.init.constant_(self.layer.bias, 0.5)
+
+    def forward(self, x):
+        return nn.functional.leaky_relu(self.layer(x), self.slope)
+
+model, leaky = Net(), Net(0.01)
+leaky.load_state_dict(model.state_dict())
+weight = model.layer.weight.detach().numpy()
+
+def trusted(x):
+    return np.maximum(x @ weight.T + 0.5, 0)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A directory with a module of the user's and an input."""
+    (tmp_path / "usermodule.py").write_text(OWN)
+    np.save(tmp_path / "x.npy", np.random.RandomState(0).randn(20, 4).astype(np.float32))
+    np.savez(tmp_path / "x.npz", x=np.ones((2, 4), np.float32))
+    (tmp_path / "broken.npy").write_bytes(b"nothing")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    yield tmp_path
+    sys.modules.pop("usermodule", None)
+
+
+@pytest.mark.parametrize("input", ["x.npy", "x.npz"])
+def test_a_model_of_ones_own(own, input, capsys):
+    command = ["compare", "--input", input, "--reference", "usermodule:trusted"]
+    assert main([*command, "usermodule:model"]) == 0
+    out = capsys.readouterr().out
+    assert "model:                    usermodule:model" in out
+    assert out.splitlines()[-1].startswith("AGREES: every layer of eager in float32, numpy in")
+    assert main(["compare", "usermodule:Net", "--input", input]) == 0
+    assert "AGREES AS FAR AS JUDGED" in capsys.readouterr().out
+    np.save("y.npy", np.maximum(0, np.load("x.npy")))
+    assert main(["compare", "usermodule:model", "--input", "x.npy", "--reference", "y.npy"]) == 1
+
+
+def test_a_wrong_model_of_ones_own(own, capsys):
+    command = ["compare", "usermodule:leaky", "--input", "x.npy"]
+    assert main([*command, "--reference", "usermodule:trusted"]) == 1
+    assert "DISAGREES: the model on cpu in float64, layer (output) Net" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("usermodule:model", "usermodule:model needs its input: --input FILE.npy"),
+        (
+            "usermodule --input x.npy",
+            "expected MODULE:NAME, as in mymodule:model, got 'usermodule'",
+        ),
+        ("usermodul:model --input x.npy", "No module named 'usermodul'; is it in this directory?"),
+        ("usermodule:modl --input x.npy", "usermodule has no 'modl'; did you mean 'model'?"),
+        ("usermodule:weight --input x.npy", "to be a torch.nn.Module or to make one, got ndarray"),
+        ("usermodule:model --input z.npy", "--input 'z.npy' cannot be read: [Errno 2] No such"),
+        ("usermodule:model --input broken.npy", "--input 'broken.npy' cannot be read: "),
+        ("usermodule:model --input x.npy --samples 3", "--samples is for the book's network"),
+        ("usermodule:model --input x.npy --reference usermodule:OWN", "has no 'OWN'"),
+    ],
+)
+def test_wrong_usage_of_ones_own_is_one_line(own, arguments, message, capsys):
+    assert main(["compare", *arguments.split()]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_nothing_asked_for_shows_help(capsys):
+    assert main([]) == 0
+    assert "judge a model in torch against NumPy, layer by layer" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("torchnnfs ")
+
+
 @pytest.mark.parametrize("command", [["torchnnfs"], [sys.executable, "-m", "torchnnfs"]])
 def test_both_commands_are_the_same(command):
     environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + ":" + os.environ["PATH"]}
@@ -132,8 +227,11 @@ def test_an_absent_extra_is_named(monkeypatch, capsys):
     assert main(["compare", "--candidates", "onnx"]) == 3
     line = "onnx needs onnx, onnxscript, onnxruntime: pip install 'torchnnfs[onnx]'"
     assert capsys.readouterr().err == f"torchnnfs compare: {line}\n"
-    assert main(["compare", "--no-controls"]) == 0
+    names = [name for name in candidates.KINDS if name != "compiled"]
+    monkeypatch.delitem(candidates.KINDS, "compiled")  # it takes a compiler and its time
+    assert main(["compare", "--no-controls", "--candidates", "all"]) == 0
     out = capsys.readouterr().out
+    assert all(name in out for name in names)
     assert f"Skipped: {line}." in out
     assert "Skipped: jax needs jax: pip install 'torchnnfs[jax]'." in out
 
@@ -174,14 +272,14 @@ def test_every_kind_of_report_is_written(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "(loss) dL/doutput" in out
     assert sorted(os.listdir(tmp_path)) == sorted(names.values())
-    assert "Agrees with NumPy" in (tmp_path / "a.html").read_text()
+    assert "Agrees" in (tmp_path / "a.html").read_text()
     assert (tmp_path / "a.md").read_text().startswith("**AGREES")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_plot_of_another_kind_or_without_matplotlib(monkeypatch, capsys):
     assert main(["compare", "--plot", "a.jpeg"]) == 2
-    assert "--plot 'a.jpeg' ends neither in .png nor in .svg" in capsys.readouterr().err
+    assert "pictures are .png or .svg files, got 'a.jpeg'" in capsys.readouterr().err
     monkeypatch.setattr(candidates.importlib.util, "find_spec", lambda name: None)
     assert main(["compare", "--plot", "a.png"]) == 3
     assert "plots need matplotlib: pip install 'torchnnfs[plot]'" in capsys.readouterr().err

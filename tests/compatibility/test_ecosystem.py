@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torchnnfs.testing.bounds import PRECISIONS
 
 from torchnnfs.modules import to_torch
+from torchnnfs.testing.precision import PRECISIONS
 
 
 def library(name):

@@ -20,9 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchnnfs.testing.bounds import PRECISIONS
 
 from torchnnfs import classifier, spiral
+from torchnnfs.testing.precision import PRECISIONS
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()),

@@ -16,11 +16,11 @@ import torch
 from torch import fx, nn
 from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
-from torchnnfs.testing.bounds import PRECISIONS
-from torchnnfs.testing.twins import twin_of
 
 from torchnnfs import Dense, ReLU, Softmax
 from torchnnfs.modules import to_torch
+from torchnnfs.testing.models import arguments_of, layer_of
+from torchnnfs.testing.precision import PRECISIONS
 
 # torch 2.13 deprecates its scripting, which its compiler and its forward derivatives still use.
 SCRIPTING = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -59,10 +59,9 @@ def assert_within_rounding(output, model, input):
     exact = input.double().numpy()
     bound = np.zeros_like(exact)
     for layer in model:
-        twin = twin_of(layer)
-        arguments = twin.arguments(layer)
-        bound = twin.bound(exact, bound, PRECISIONS["float32"], **arguments)
-        exact = twin.forward(exact, **arguments)
+        known, arguments = layer_of(layer), arguments_of(layer)
+        bound = known.bound(exact, bound, PRECISIONS["float32"], **arguments)
+        exact = known.forward(exact, **arguments)
     assert (np.abs(output.detach().double().numpy() - exact) <= bound).all()
 
 

@@ -7,10 +7,13 @@ to be that rounding and what the bounds give for both sides, no more.
 import numpy as np
 import pytest
 import torch
-from torchnnfs.testing.bounds import PRECISIONS
 
 from torchnnfs import Dense, ReLU, Softmax, classifier, spiral
-from torchnnfs.testing import assert_agrees, bounds, reference
+from torchnnfs.testing import assert_agrees
+from torchnnfs.testing.layers.dense import DENSE
+from torchnnfs.testing.layers.pointwise import RELU
+from torchnnfs.testing.layers.softmax import SOFTMAX
+from torchnnfs.testing.precision import PRECISIONS
 
 DIGITS = 0.5e-8
 FLOAT64 = PRECISIONS["float64"]
@@ -59,7 +62,7 @@ def test_cell_21_exponentials_in_plain_python():
     relative = (x.exp() - torch.tensor(powers, dtype=torch.float64)).abs() / x.exp()
     assert (relative <= torch.from_numpy(off) + 1e-15).all()
     assert abs(x.exp().sum().item() - 135.72296483641975) < 135 * (off.max() + 1e-15)
-    bound = bounds.softmax(x.numpy(), off, FLOAT64)
+    bound = SOFTMAX.bound(x.numpy(), off, FLOAT64)
     output = Softmax()(x)
     assert (np.abs((output - probabilities).numpy()) <= bound).all()
     assert abs(output.sum().item() - 1.0) < 1e-15
@@ -85,7 +88,7 @@ def test_cell_25_softmax_does_not_see_a_shift(device):
     printed = [[0.09003057, 0.24472847, 0.66524096]]
     for row in ([[1.0, 2.0, 3.0]], [[-2.0, -1.0, 0.0]]):
         output = Softmax()(torch.tensor(row, device=device)).cpu().double()
-        bound = bounds.softmax(np.array(row), np.zeros((1, 3)), PRECISIONS["float32"])
+        bound = SOFTMAX.bound(np.array(row), np.zeros((1, 3)), PRECISIONS["float32"])
         assert (np.abs(output.numpy() - printed) <= bound + DIGITS).all()
 
 
@@ -112,12 +115,12 @@ def chained_bound(model, points):
     x = points.double().numpy()
     error = np.zeros_like(x)
     for layer in (model[0], model[2]):
-        w, b = layer.weight.detach().double().numpy().T, layer.bias.detach().double().numpy()
-        error = bounds.dense(x, error, precision, w, b)
-        x = reference.dense(x, w, b)
+        w, b = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
+        error = DENSE.bound(x, error, precision, w, b)
+        x = DENSE.forward(x, w, b)
         if layer is model[0]:
-            error, x = bounds.relu(x, error, precision), reference.relu(x)
-    return bounds.softmax(x, error, precision)
+            error, x = RELU.bound(x, error, precision), RELU.forward(x)
+    return SOFTMAX.bound(x, error, precision)
 
 
 def test_the_two_pages_differ():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from torchnnfs import book_numpy
 from torchnnfs.testing.layers import dense, normalise, pointwise, reshape, softmax
 from torchnnfs.testing.precision import PRECISIONS
 
@@ -164,12 +165,29 @@ def test_the_gradients_are_autograds(layer, module, shape, dtype):
 def test_no_bound_where_it_may_overflow_and_none_negative(layer, module, shape):
     if isinstance(module, nn.Embedding):
         return
-    for size in (0.0, 1e-42, 1e15, 3e38):
+    for size in (0.0, 1e-42, 1e15, 1e20, 3e38):
         module, x = prepared(module, shape, "float32", "normal")
         for error in (0.0, 1e-3, size, np.inf):
-            _, bound = judged(layer, module, x.double() * size, np.full(shape, error), "float32")
+            exact, bound = judged(layer, module, x * size, np.full(shape, error), "float32")
             assert (bound >= 0).all()  # not a number would fail as well
+            y = arrays(module(x * size))
+            known = (np.abs(y - exact) <= bound) | (bound == np.inf) | (y == exact)
+            assert (known | (np.isnan(y) & np.isnan(exact))).all()
             assert error < np.inf or (bound == np.inf).any()
+
+
+@every_layer
+def test_the_formula_in_float32_is_a_candidate_itself(layer, module, shape):
+    for draw in DRAWS:
+        module, x = prepared(module, shape, "float32", draw)
+        exact, bound = judged(layer, module, x, np.zeros(shape), "float32")
+        named = {
+            name: value.astype(np.float32) if isinstance(value, np.ndarray) else value
+            for name, value in arguments(layer, module).items()
+        }
+        y = layer.forward(x.numpy(), **named)
+        assert y.dtype == np.float32
+        assert (np.abs(y - exact) <= bound).all()
 
 
 def controls():
@@ -225,6 +243,61 @@ def test_softmax_by_way_of_its_logarithm(scale, classes, dtype):
     assert (np.abs(arrays(x.log_softmax(-1).exp()) - exact) <= bound).all()
 
 
+@pytest.mark.parametrize("classes", [1, 2, 3, 64, 1000])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
+def test_softmax_bounds_a_bad_exp(classes, scale):
+    """Exponentials wrong by three units in the last place, each in the worse direction."""
+    x = (scale * torch.randn(100, classes)).numpy()
+    powers = np.exp((x - x.max(1, keepdims=True)).astype(np.float64)).astype(np.float32)
+    sign = np.where(np.arange(classes) == 0, 1, -1)
+    powers = (powers + sign * 3 * np.spacing(powers)).astype(np.float32)
+    y = powers / np.cumsum(powers, axis=1, dtype=np.float32)[:, -1:]
+    exact, bound = judged(S.SOFTMAX, nn.Softmax(1), x.astype(float), np.zeros(x.shape), "float32")
+    assert (np.abs(y - exact) <= bound).all()
+
+
+def test_softmax_of_logits_far_apart():
+    x = np.array([[0.0, -800.0, -1e300]])
+    exact, bound = judged(S.SOFTMAX, nn.Softmax(-1), x, np.zeros_like(x), "float32")
+    np.testing.assert_array_equal(exact, [[1, 0, 0]])
+    assert bound[0, 1] < 1e-37
+    _, wide = judged(S.SOFTMAX, nn.Softmax(-1), x, np.full_like(x, 1e6), "float32")
+    assert (wide <= 1.001).all()
+    _, along = judged(S.SOFTMAX, nn.Softmax(0), x.T, np.zeros_like(x.T), "float32")
+    np.testing.assert_array_equal(along, bound.T)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 64, 500])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_dense_bounds_sequential_float32_sums(k, backwards):
+    module, x = nn.Linear(k, 4), torch.randn(50, k)
+    y = torch.zeros(50, 4)
+    for i in reversed(range(k)) if backwards else range(k):
+        y = y + x[:, i : i + 1] * module.weight[:, i]
+    exact, bound = judged(D.DENSE, module, x, np.zeros(x.shape), "float32")
+    ratio = np.abs(arrays(y + module.bias) - exact) / bound
+    assert ratio.max() <= 1
+    assert ratio.max() > 1e-3
+
+
+def test_weights_that_are_zero_round_nothing():
+    module, x = nn.Linear(100, 2, bias=False), torch.randn(5, 100)
+    with torch.no_grad():
+        module.weight[0, 1:], module.weight[1, 2:] = 0, 0
+    exact, bound = judged(D.DENSE, module, x, np.zeros(x.shape), "float32")
+    assert (np.abs(arrays(module(x)) - exact) <= bound).all()
+    assert (bound[:, 0] < 3.1 * 2.0**-24 * np.abs(exact[:, 0])).all()
+
+
+def test_under_nnfs_the_dot_product_is_accumulated_in_float64():
+    x = np.array([[1e8, 1, -1e8]], dtype=np.float32)
+    ones, b = np.ones((1, 3), np.float32), np.array([0.1], np.float32)
+    with book_numpy():
+        y = D.DENSE.forward(x, ones, b)
+    assert y.dtype == np.float32
+    assert y == np.float32(1) + np.float32(0.1)
+
+
 def updated(x):
     """Mean and variance of the last axis in one pass, as Welford has it, in the dtype of x."""
     mean, squares = x[..., 0], torch.zeros_like(x[..., 0])
@@ -254,6 +327,61 @@ def test_layer_norm_holds_for_other_ways(statistics, folded, offset, length):
     y = x * inverse - mean * inverse if folded else (x - mean) * inverse
     exact, bound = judged(layer, module, x, np.zeros(x.shape), "float32")
     assert (np.abs(arrays(y) - exact) <= bound).all()
+
+
+U = 2.0**-24
+
+
+@pytest.mark.parametrize(("down", "first"), [(0, 0.0), (1, 30.0)])
+def test_layer_norm_holds_where_every_step_rounds_badly(down, first):
+    """Updated statistics: each mean is rounded up, or each sum of squares down."""
+    length, module = 200, nn.LayerNorm(200, elementwise_affine=False)
+    x = torch.rand(50, length, dtype=torch.float64).pow(8).sort().values + 1 - down
+    x[:, 0] += first
+    mean, squares = x[:, 0], 0.0
+    for k in range(1, length):
+        step = x[:, k] - mean
+        mean = (mean + step / (k + 1)) * (1 + U * (1 - down))
+        squares = (squares + step * (x[:, k] - mean)) * (1 - U * down)
+    y = (x - mean[:, None]) / (squares / length + module.eps).sqrt()[:, None]
+    exact, bound = judged(N.LAYER_NORM, module, x, np.zeros(x.shape), "float32")
+    ratio = np.abs(arrays(y) - exact) / bound
+    assert ratio.max() <= 1
+    assert ratio.max() > 0.15
+
+
+def test_a_layer_norm_is_never_far_out():
+    module, x = nn.LayerNorm(9, elementwise_affine=False), torch.randn(5, 9)
+    _, bound = judged(N.LAYER_NORM, module, x, np.full(x.shape, 1e3), "float64")
+    assert (bound < 6.01).all()
+
+
+def test_batch_norm_holds_for_ten_roundings_in_a_row():
+    module, x = with_statistics(nn.BatchNorm1d(3, affine=False)).eval(), torch.randn(50, 3)
+    module.running_mean.zero_()
+    exact, bound = judged(N.BATCH_NORM, module, x, np.zeros(x.shape), "float32")
+    assert (np.abs(exact * (1 + U) ** 10 - exact) <= bound).all()
+
+
+def test_gelu_may_reach_its_least_value():
+    x = np.linspace(-4, 2, 100)
+    for approximate in ("none", "tanh"):
+        exact, bound = judged(P.GELU, nn.GELU(approximate), x, np.full(x.shape, 1.6), "float32")
+        near = P.GELU.forward(x + np.linspace(-1.6, 1.6, 999)[:, None], approximate)
+        reached = np.max(np.abs(near - exact), axis=0) / bound
+        assert reached.max() <= 1
+        assert reached.min() > 0.999
+
+
+def test_of_several_maxima_any_may_have_the_gradient():
+    module = nn.MaxPool2d(2)
+    x, g = np.array([[[1.0, 3.0], [3.0, 3.0]]]), np.array([[[5.0]]])
+    named = arguments(R.MAX_POOL2D, module)
+    exact, bound = R.MAX_POOL2D.backward(x, g, g, PRECISIONS["float32"], **named)["input"]
+    np.testing.assert_array_equal(exact, [[[0, 5], [0, 0]]])
+    for other in ([0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 5], [0, 2, 2, 1]):
+        assert (np.abs(np.reshape(other, exact.shape) - exact) <= bound).all()
+    assert bound[0, 0, 0] < 1e-30
 
 
 @pytest.mark.parametrize("folded", [False, True])

@@ -136,7 +136,8 @@ def _patches(
         total = [step * (k - 1) for step, k in zip(dilation, kernel, strict=True)]
         pads = [(size // 2, size - size // 2) for size in total]
     else:
-        pads = [(0, 0) if padding == "valid" else (size, size) for size in padding][: len(kernel)]
+        sizes: Any = (0,) * len(kernel) if padding == "valid" else padding
+        pads = [(size, size) for size in sizes]
     mode: Any = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}
     mode = mode.get(padding_mode, padding_mode)
     padded = np.pad(x, [(0, 0)] * (x.ndim - len(kernel)) + pads, mode=mode)
@@ -157,9 +158,7 @@ def _matrix(weight: Array, groups: int) -> Array:
 def _kernels(matrix: Array, weight: Array, groups: int) -> Array:
     """The other way round: what `_matrix` took from the weight."""
     blocks = matrix.reshape(groups, len(weight) // groups, groups, -1)
-    return np.concatenate([blocks[group, :, group] for group in range(groups)]).reshape(
-        weight.shape
-    )
+    return np.stack([blocks[group, :, group] for group in range(groups)]).reshape(weight.shape)
 
 
 def convolution(

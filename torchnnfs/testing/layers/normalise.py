@@ -153,17 +153,10 @@ def _parameters(
     return found
 
 
-class _Affine(NamedTuple):
-    """A batch norm in eval mode, ``(x - mean) scale + shift``, in shapes that fit x."""
-
-    mean: Array
-    scale: Array
-    shift: Array
-
-
 def _affine(
     x: Array, running_mean: Maybe, running_var: Maybe, weight: Maybe, bias: Maybe, eps: float
-) -> _Affine:
+) -> list[Array]:
+    """Mean, scale and shift of ``(x - mean) scale + shift``, in shapes that fit x."""
     if running_mean is None or running_var is None:
         raise ValueError(
             "compare expects BatchNorm to have running statistics, got None; "
@@ -173,7 +166,7 @@ def _affine(
     scale = scale if weight is None else scale * weight
     shift = np.zeros_like(scale) if bias is None else bias
     shape = (-1,) + (1,) * (x.ndim - 2)
-    return _Affine(*(each.reshape(shape) for each in (running_mean, scale, shift)))
+    return [each.reshape(shape) for each in (running_mean, scale, shift)]
 
 
 def batch_norm(
@@ -204,7 +197,7 @@ def batch_norm_backward(
 ) -> Gradients:
     """``dL/dx = g w / s``, ``dL/dw = sum g (x - m) / s``, ``dL/db = sum g``."""
     kept = {name: arguments[name] for name in ("weight", "bias")}
-    exact = g * _affine(x, **arguments).scale
+    exact = g * _affine(x, **arguments)[1]
     bound = precision.gamma(8) * np.abs(exact) + 2 * precision.tiny
     n = batch_norm(x, **{**arguments, **dict.fromkeys(kept)})
     wrong = precision.gamma(8) * np.abs(n) + precision.tiny

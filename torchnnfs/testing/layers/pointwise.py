@@ -3,8 +3,8 @@
 Each bound has two parts: how far the error that came in can move the function, and what the
 computation rounds, at the input that it really had. If f is monotone between its turning points,
 the first part is exact: the largest change is at an end of the interval from x - e to x + e or at a
-turning point in it. For the second a concave f with f(0) = 0 helps: if its argument is wrong by the
-relative error d, f is wrong by d at most.
+turning point in it; that of a convex f is at an end. For the second part a concave f with f(0) = 0
+helps: if its argument is wrong by the relative error d, f is wrong by d at most.
 
 Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 1.6 (what a
 function makes of an error) and 3.1 (roundings in a row).
@@ -25,13 +25,13 @@ _EXP = 2 * EXP_ULP  # in units roundoff
 
 
 def moved(forward: Callable[[Array], Array], x: Array, error: Array, *turns: float) -> Array:
-    """The largest change of `forward` within `error`, if it is monotone between its `turns`."""
+    """The largest change of `forward` within `error`: monotone between its `turns`, or convex."""
     low, high, y = x - error, x + error, forward(x)
     values = [forward(low), forward(high), *(forward(np.clip(t, low, high)) for t in turns)]
     farthest: Array = np.max([np.abs(value - y) for value in values], axis=0)
     # These differences round in float64.
     farthest += (error > 0) * 2.0**-51 * np.max(np.abs([y, *values]), axis=0)
-    return farthest
+    return np.where(np.isnan(farthest), np.inf, farthest)
 
 
 def passed_on_bound(x: Array, error: Array, precision: Precision) -> Array:
@@ -77,7 +77,7 @@ def leaky_relu_bound(x: Array, error: Array, precision: Precision, negative_slop
     Some libraries store the slope in the half type: there it rounds once more.
     """
     roundings = precision.gamma(2) + precision.stored_unit
-    bound = moved(lambda x: leaky_relu(x, negative_slope), x, error, 0.0)
+    bound = moved(lambda x: leaky_relu(x, negative_slope), x, error)
     bound = bound + roundings * abs(negative_slope) * np.maximum(error - x, 0)
     return finished(leaky_relu(x, negative_slope), bound, error, precision)
 

@@ -108,7 +108,8 @@ def max_pool2d(
 ) -> Array:
     """``y = max x`` over each window of an image (..., height, width); padding never wins."""
     view = _pooled(x, -np.inf, -np.inf, kernel_size, stride, padding, ceil_mode, dilation)
-    return np.max(view, axis=-1)  # type: ignore[no-any-return]
+    y: Array = np.max(view, axis=-1)
+    return y
 
 
 def max_pool2d_bound(x: Array, error: Array, precision: Precision, **sizes: Any) -> Array:
