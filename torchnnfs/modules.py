@@ -134,9 +134,15 @@ class Dense(nn.Linear):
     ) -> None:
         in_features = check_count("Dense", "in_features", in_features)
         out_features = check_count("Dense", "out_features", out_features)
-        # nn.Linear would draw at once, from torch's generator. On the meta device nothing is drawn.
-        super().__init__(in_features, out_features, bias, "meta", dtype)
-        self.to_empty(device=torch.empty(0, device=device).device)
+        # nn.Linear's own constructor would draw at once, from torch's generator.
+        super(nn.Linear, self).__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, device=device, dtype=dtype)
+        )
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: Generator = None) -> None:

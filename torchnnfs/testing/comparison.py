@@ -245,7 +245,7 @@ def _compare(
             alone = Problem(model, input, Reference(), eager.dtype)
         tried = try_controls(model, input, Candidate("eager", eager.device, eager.dtype), alone)
     notes += [
-        f"{row.dtype} may overflow in layer {row.label}: {row.unbounded} elements of "
+        f"{row.dtype} may overflow or cancel out in layer {row.label}: {row.unbounded} elements of "
         f"{row.candidate} are not judged."
         for row in rows
         if row.unbounded

@@ -241,7 +241,8 @@ def make_row(
         state = INPUT if only_chained and wrong else DIFFERS
         reason = _reason(decisive)
     elif measured.size and measured.unbounded == measured.size:
-        state, reason = NOTHING, f"{trace.dtype} may overflow in every element"
+        state = NOTHING
+        reason = f"no error can be told from rounding: {trace.dtype} may overflow or cancel out"
     elif excess is not None and excess > EXCESS_LIMIT:
         state, basis = DIFFERS, EXCESS
         reason = (
