@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from torchnnfs import book
 from torchnnfs.modules import classifier
@@ -37,124 +35,62 @@ _REASONS = {
     "softmax": "it sums or divides in another way",
 }
 
-
-@dataclass(frozen=True)
-class Printed:
-    """One computation of the forward pass.
-
-    Attributes:
-        title: who computes.
-        steps: the result after each step, for all 300 rows.
-    """
-
-    title: str
-    steps: dict[str, Array]
-
-    @property
-    def text(self) -> str:
-        """The first five probabilities as NumPy prints them."""
-        return np.array2string(self.steps["softmax"][:5])
-
-    def reason(self, right: Printed) -> str:
-        """Where the bits first differ from `right`, and why."""
-        for step, values in self.steps.items():
-            differ = np.count_nonzero(values != right.steps[step])
-            if differ:
-                why = _REASONS.get(step, "of a difference in arithmetic")
-                return (
-                    f"{self.title}: {differ} of {values.size} numbers differ after {step}, "
-                    f"because {why}."
-                )
-        return f"{self.title}: no bit differs in all {len(values)} rows."
+#: The result after each step, in order, for all 300 rows.
+Steps = dict[str, Array]
 
 
-def compute(device: torch.device) -> list[Printed]:
-    """The page by the book's dialect on `device`, by NumPy, and by float32 torch on `device`."""
+def compute(device: torch.device) -> dict[str, Steps]:
+    """The forward pass by the book's dialect, by NumPy, and by float32 torch, by their names."""
     stream = np.random.RandomState(0)
     points, _ = spiral(100, 3, generator=stream, device=device)
     model = classifier(2, 3, 3, generator=stream, device=device)
     dialect = book.from_torch(model)
     assert isinstance(dialect, nn.Sequential)
-    first, second = (
-        partial(dense, weight=layer.weights.T, bias=layer.biases)
-        for layer in dialect
-        if isinstance(layer, book.Layer_Dense)
-    )
+    layers = [each for each in dialect if isinstance(each, book.Layer_Dense)]
+    first, second = (partial(dense, weight=each.weights.T, bias=each.biases) for each in layers)
+    plain, array = [first, relu, second, softmax], points.cpu().numpy()
     with torch.no_grad():
-        return [
-            Printed(
-                f"torchnnfs.book on {device}",
-                _steps(dialect, points, lambda x: book.exp((x - x.amax(-1, True)).double())),
-            ),
-            Printed(
-                f"NumPy {np.__version__}",
-                _steps(
-                    [first, relu, second, softmax],
-                    points.cpu().numpy(),
-                    lambda x: np.exp(x - x.max(-1, keepdims=True)),
-                ),
-            ),
-            Printed(
-                f"torch {torch.__version__} in float32 on {device}",
-                _steps(model, points, lambda x: (x - x.amax(-1, True)).exp()),
-            ),
-        ]
+        return {
+            f"torchnnfs.book on {device}": _steps(dialect, points, lambda x: book.exp(x.double())),
+            f"NumPy {np.__version__}": _steps(plain, array, lambda x: np.exp(x.numpy())),
+            f"torch {torch.__version__} in float32 on {device}": _steps(model, points, torch.exp),
+        }
 
 
-def _steps(layers: Iterable[Any], x: Any, exp: Callable[[Any], Any]) -> dict[str, Array]:
+def _steps(layers: Iterable[Any], x: Any, exp: Callable[[Tensor], Any]) -> Steps:
     """The result after each layer, and of exp within the last."""
     results: dict[str, Any] = {}
     for name, layer in zip(("dense 1", "ReLU", "dense 2", "softmax"), layers, strict=True):
         if name == "softmax":
-            results["exp"] = exp(x)
+            logits = torch.as_tensor(x)
+            results["exp"] = exp(logits - logits.amax(-1, True))
         results[name] = x = layer(x)
-    return {name: _float32(result) for name, result in results.items()}
+    return {step: torch.as_tensor(each).cpu().float().numpy() for step, each in results.items()}
 
 
-def _float32(result: Any) -> Array:
-    array = result.cpu().numpy() if isinstance(result, torch.Tensor) else result
-    return array.astype(np.float32)
-
-
-def show(computed: list[Printed], console: Console) -> bool:
-    """Print the page and its rivals side by side; whether the first is what the book prints."""
-    ours, *rivals = computed
-    marks = [_marks(each.text) for each in computed]
-    marked = [any(lines) for lines in zip(*marks, strict=True)]
-    blocks = [_block(each, carets, marked) for each, carets in zip(computed, marks, strict=True)]
-    if console.width >= 120:
-        grid = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
-        for _ in blocks:
-            grid.add_column(no_wrap=True, overflow="ignore")
-        grid.add_row(*blocks)
-        console.print(grid, crop=False)
-    else:
-        console.print(*blocks, sep="\n")
-    right = ours.text == PAGE
-    console.print(
-        f"{ours.title} prints what the book prints, digit for digit."
-        if right
-        else f"{ours.title} does not print what the book prints.",
-        soft_wrap=True,
-    )
-    for rival in rivals:
-        console.print(rival.reason(ours), soft_wrap=True)
+def show(computed: dict[str, Steps], console: Console) -> bool:
+    """Print the page and its rivals, each digit that is not the book's marked; is it the book's?"""
+    texts = {title: np.array2string(steps["softmax"][:5]) for title, steps in computed.items()}
+    for title, text in texts.items():
+        console.print(Text(title, style="bold"))
+        for line, book_line in zip(text.splitlines(), PAGE.splitlines(), strict=True):
+            pairs = zip_longest(line, book_line, fillvalue=" ")
+            carets = "".join(" ^"[given != printed] for given, printed in pairs).rstrip()
+            console.print(line, *[Text(carets, style="red")] * bool(carets), sep="\n")
+        console.print()
+    (title, ours), *rivals = computed.items()
+    right = texts[title] == PAGE
+    words = "prints what the book prints, digit for digit" if right else "prints other digits"
+    console.print(f"{title} {words}.", soft_wrap=True)
+    for rival, steps in rivals:
+        console.print(_compared(rival, steps, ours), soft_wrap=True)
     return right
 
 
-def _marks(text: str) -> list[str]:
-    """A line for each row, with a caret under each character that is not the book's."""
-    return [
-        "".join(" ^"[a != b] for a, b in zip_longest(line, right, fillvalue=" ")).rstrip()
-        for line, right in zip(text.splitlines(), PAGE.splitlines(), strict=True)
-    ]
-
-
-def _block(computed: Printed, marks: list[str], marked: list[bool]) -> Text:
-    """The five rows, each with its carets below where any of the blocks has some."""
-    block = Text(f"{computed.title}\n", style="bold")
-    for line, carets, below in zip(computed.text.splitlines(), marks, marked, strict=True):
-        block.append(f"{line}\n", style="not bold")
-        if below:
-            block.append(f"{carets}\n", style="not bold red")
-    return block
+def _compared(title: str, steps: Steps, right: Steps) -> str:
+    """Where the bits first differ, and why."""
+    for step, values in steps.items():
+        if differ := np.count_nonzero(values != right[step]):
+            why = _REASONS.get(step, "of a difference in arithmetic")
+            return f"{title}: {differ} of {values.size} numbers differ after {step}, because {why}."
+    return f"{title}: no bit differs in all {len(right['softmax'])} rows."
