@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from torchnnfs import classifier, compare, spiral
 from torchnnfs.testing.candidates import devices_here
 
 
@@ -28,3 +29,21 @@ def _unchanged_process():
     torch.manual_seed(0)
     yield
     assert before == (np.dot, np.zeros, np.eye, np.random.randn, torch.get_default_dtype())
+
+
+@pytest.fixture(scope="session")
+def agreeing():
+    """The comparison of the chapter's network with NumPy."""
+    stream = np.random.RandomState(0)
+    points, _ = spiral(generator=stream)
+    return compare(classifier(2, 3, 3, generator=stream), points)
+
+
+@pytest.fixture(scope="session")
+def disagreeing():
+    """The same with a ReLU that is not one."""
+    stream = np.random.RandomState(0)
+    points, _ = spiral(generator=stream)
+    model = classifier(2, 3, 3, generator=stream)
+    model[1].forward = lambda input: torch.where(input > 0, input, 0.01 * input)
+    return compare(model, points)

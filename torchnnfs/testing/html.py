@@ -70,6 +70,8 @@ def fragment(outcome: Outcome) -> str:
 def _report(outcome: Outcome, unfolded: str) -> str:
     style, words = headline(outcome)
     sentence = verdict(outcome).partition(": ")[2]
+    if outcome.unjudged and not outcome.ok:
+        sentence += f" Nothing independent judged {', '.join(outcome.unjudged)}."
     said = [f"<p>{escape(remark)}</p>" for remark in remarks(outcome)]
     facts = [_line([name, fact]) for name, fact in outcome.environment.items()]
     parts = [
@@ -79,7 +81,7 @@ def _report(outcome: Outcome, unfolded: str) -> str:
         _folded("Remarks", [*said, _controls(outcome)], unfolded or " open" * (style != "good")),
         _folded("Pictures", _pictures(outcome), unfolded),
         _folded("Columns", [f"<p>{escape(LEGEND)}</p>"], unfolded),
-        _folded("Environment", [_table(["what", "which"], [], facts)], unfolded),
+        _folded("Environment", [_table(["fact", "value"], [], facts)], unfolded),
     ]
     return "\n".join([*parts, "</div>"])
 
