@@ -72,11 +72,12 @@ def show(computed: dict[str, Steps], console: Console) -> bool:
     """Print the page and its rivals, each digit that is not the book's marked; is it the book's?"""
     texts = {title: np.array2string(steps["softmax"][:5]) for title, steps in computed.items()}
     for title, text in texts.items():
-        console.print(Text(title, style="bold"))
+        console.print(Text(title, style="bold"), soft_wrap=True)
         for line, book_line in zip(text.splitlines(), PAGE.splitlines(), strict=True):
             pairs = zip_longest(line, book_line, fillvalue=" ")
             carets = "".join(" ^"[given != printed] for given, printed in pairs).rstrip()
-            console.print(line, *[Text(carets, style="red")] * bool(carets), sep="\n")
+            marks = [Text(carets, style="red")] * bool(carets)
+            console.print(line, *marks, sep="\n", soft_wrap=True)
         console.print()
     (title, ours), *rivals = computed.items()
     right = texts[title] == PAGE

@@ -147,13 +147,14 @@ def _bounds(part: SubFigure, outcome: Outcome) -> None:
     axes.axvline(1, color="black")
     for y, line in enumerate(lines):
         if isinstance(line, str):
-            axes.text(low, y, line, va="center")
+            where = ("subfigure fraction", "data")
+            axes.annotate(line, (0.07, y), xycoords=where, va="center").set_in_layout(False)
         else:
             marker, colour = ("o", _FINE) if line.ok else ("X", _BAD)
             axes.plot(np.clip(line.bound_ratio, low, high), y, marker, c=colour, clip_on=False)
     axes.grid(axis="y", alpha=0.4)
     axes.set(xscale="log", xlim=(low, high), ylim=(len(lines) - 0.4, -0.6), ylabel="layer")
-    axes.set_xlabel("error / bound, on a logarithmic scale; up to 1, rounding explains it")
+    axes.set_xlabel("error / bound, on a logarithmic scale; up to 1 is rounding", loc="right")
     axes.minorticks_off()
     axes.set_xticks(list(_SCALE), list(_SCALE.values()))
     axes.set_yticks(list(rows), [_short(row.label) for row in rows.values()])
@@ -177,4 +178,4 @@ def _ulps(part: SubFigure, outcome: Outcome) -> None:
 def _short(name: str) -> str:
     """A name that fits the picture and, whatever is in it, a file of XML."""
     name = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name)
-    return name if len(name) <= 28 else f"{name[:13]}…{name[-13:]}"
+    return name if len(name) <= 20 else f"{name[:6]}…{name[-13:]}"
