@@ -31,7 +31,7 @@ def test_the_books_page_comes_first_digit_for_digit(computed, width):
 
 
 def test_a_digit_that_is_not_the_books_is_marked_and_explained(computed):
-    (title, steps), *rivals = computed.items()
+    (title, steps), *_ = computed.items()
     exp, softmax = steps["exp"].copy(), steps["softmax"].copy()
     exp[4, 1], softmax[4, 1] = np.nextafter(exp[4, 1], 2), 0.33333248
     wrong = {title: steps, "another": {**steps, "exp": exp, "softmax": softmax}}

@@ -20,56 +20,12 @@ from torchnnfs.testing.outcome import Outcome
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
-KINDS = ("png", "svg")
-_NEEDED = "plots need matplotlib: pip install 'torchnnfs[plot]'"
 #: Okabe and Ito's colours, which every kind of sight tells apart; the last for all further classes.
 _COLOURS, _MARKERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#8A8A8A"), "o^sDX"
 _FINE, _BAD = "#0072B2", "#D55E00"
 _MOST_POINTS, _MOST_ROWS = 1500, 48
 #: The scale of errors over bounds; what lies beyond is drawn at its ends.
 _SCALE = {1e-3: "≤ 0.001", 0.01: "0.01", 0.1: "0.1", 1: "1", 10: "10", 100: "100", 1e3: "≥ 1000"}
-
-
-def figure(outcome: Outcome, *names: str) -> Figure:
-    """The `panels` of these names, or all of them, one above the other; it needs matplotlib."""
-    with _drawing():
-        from matplotlib.figure import Figure
-
-        tall = {name: tall for name, tall in panels(outcome).items() if name in names or not names}
-        whole = Figure(figsize=(4.5, sum(tall.values())), layout="constrained")
-        ratios = list(tall.values())
-        parts = whole.subfigures(len(tall), 1, height_ratios=ratios, squeeze=False).flat
-        for name, part in zip(tall, parts, strict=True):
-            {"points": _points, "bounds": _bounds, "ulps": _ulps}[name](part, outcome)
-        facts = ", ".join(f"{name} {fact}" for name, fact in outcome.environment.items())
-        caption = textwrap.fill(f"{facts}. Drawn on {date.today()}.", 95)
-        part.supxlabel(caption, size=6, x=0.02, ha="left")
-    return whole
-
-
-def render(outcome: Outcome, kind: str, *names: str) -> bytes:
-    """`figure` as a file of one of `KINDS`."""
-    buffer = io.BytesIO()
-    with _drawing():
-        figure(outcome, *names).savefig(buffer, format=kind, dpi=200)
-    return buffer.getvalue()
-
-
-def panels(outcome: Outcome) -> dict[str, float]:
-    """The panels that there are for this outcome, in order, and their heights in inches."""
-    x, y = outcome.input, outcome.output
-    plane = x.ndim == y.ndim == 2 and x.shape[1] == 2 and len(x) == len(y)
-    heights = {"points": 5.0} if plane and np.isfinite(y).all(-1).any() else {}
-    bounds, ulps = 1.3 + 0.2 * len(_lines(outcome)), 0.9 + 1.2 * len(outcome.by_candidate)
-    return {**heights, "bounds": bounds, "ulps": ulps}
-
-
-def kind_of(path: str) -> str:
-    """The kind of picture that a file's name asks for; a ValueError for another than `KINDS`."""
-    kind = path.lower().rpartition(".")[2]
-    if kind not in KINDS:
-        raise ValueError(f"pictures are .png or .svg files, got {path!r}")
-    return kind
 
 
 @contextmanager
@@ -96,14 +52,56 @@ def _drawing() -> Iterator[None]:
         try:
             from matplotlib import style
         except ImportError:
-            raise MissingExtraError(_NEEDED) from None
+            raise MissingExtraError(
+                "plots need matplotlib: pip install 'torchnnfs[plot]'"
+            ) from None
         look: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left"}
         look |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+        look |= {"figure.titleweight": "bold", "xtick.minor.size": 0}
         look |= {"svg.fonttype": "none", "text.parse_math": False}
-        # A layer's name may be in a script that matplotlib's own font lacks.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in another script
         with style.context(look, after_reset=True):
             yield
+
+
+@_drawing()
+def figure(outcome: Outcome, *names: str) -> Figure:
+    """The `panels` of these names, or all of them, one above the other; it needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    tall = {name: tall for name, tall in panels(outcome).items() if name in names or not names}
+    whole = Figure(figsize=(4.5, sum(tall.values())), layout="constrained")
+    parts = whole.subfigures(len(tall), 1, height_ratios=list(tall.values()), squeeze=False).flat
+    for name, part in zip(tall, parts, strict=True):
+        {"points": _points, "bounds": _bounds, "ulps": _ulps}[name](part, outcome)
+    facts = ", ".join(f"{name} {fact}" for name, fact in outcome.environment.items())
+    caption = textwrap.fill(f"{facts}. Drawn on {date.today()}.", 95)
+    part.supxlabel(caption, size=6, x=0.02, ha="left")
+    return whole
+
+
+@_drawing()
+def render(outcome: Outcome, kind: str, *names: str) -> bytes:
+    """`figure` as a "png" or "svg" file."""
+    buffer = io.BytesIO()
+    figure(outcome, *names).savefig(buffer, format=kind, dpi=200)
+    return buffer.getvalue()
+
+
+def panels(outcome: Outcome) -> dict[str, float]:
+    """The panels that there are for this outcome, in order, and their heights in inches."""
+    x, y = outcome.input, outcome.output
+    plane = x.ndim == y.ndim == 2 and x.shape[1] == 2 and len(x) == len(y)
+    heights = {"points": 5.0} if plane and np.isfinite(y).all(-1).any() else {}
+    bounds, ulps = 1.3 + 0.2 * len(_lines(outcome)), 0.9 + 1.2 * len(outcome.by_candidate)
+    return {**heights, "bounds": bounds, "ulps": ulps}
+
+
+def kind_of(path: str) -> str:
+    """The kind of picture that a file's name asks for; a ValueError for others than these two."""
+    if not path.lower().endswith((".png", ".svg")):
+        raise ValueError(f"pictures are .png or .svg files, got {path!r}")
+    return path.lower()[-3:]
 
 
 def _points(part: SubFigure, outcome: Outcome) -> None:
@@ -116,17 +114,15 @@ def _points(part: SubFigure, outcome: Outcome) -> None:
     strength = 0.25 + 0.75 * (confidence - low) / (high - low or 1)
     for number in range(min(output.shape[1], last + 1)):
         colour, marker, own = _COLOURS[number], _MARKERS[number], given == number
-        shades = [(colour, share) for share in strength[own]]
-        axes.scatter(x[own], y[own], s=12, c=shades, marker=marker)
+        axes.scatter(x[own], y[own], s=12, c=[(colour, a) for a in strength[own]], marker=marker)
         name = f"class {number}{' and up' if number == last else ''}: {own.sum():,} points"
         axes.scatter([], [], s=12, c=colour, marker=marker, label=name)
-    axes.set(xlabel="first input", ylabel="second input")
-    axes.set_aspect("equal", "datalim")
+    axes.set(aspect="equal", adjustable="datalim", xlabel="first input", ylabel="second input")
     who = f"{next(iter(outcome.by_candidate))}, {len(drawn):,} of {len(outcome.input):,} points"
     who += f"\nlargest output: {low:.8g} (faint) to {high:.8g} (strong)"
-    place = {"loc": "upper left", "bbox_to_anchor": (-0.05, -0.14)}
-    axes.legend(ncols=2, title=who, alignment="left", **place)
-    part.suptitle("The class that each point is given", weight="bold")
+    below = (-0.05, -0.14)
+    axes.legend(loc="upper left", bbox_to_anchor=below, ncols=2, title=who, alignment="left")
+    part.suptitle("The class that each point is given")
 
 
 def _lines(outcome: Outcome) -> list[Row | str]:
@@ -134,8 +130,7 @@ def _lines(outcome: Outcome) -> list[Row | str]:
     largest = sorted(outcome.rows, key=lambda row: row.bound_ratio, reverse=True)[:_MOST_ROWS]
     lines: list[Row | str] = []
     for name, rows in outcome.by_candidate.items():
-        kept = [row for row in rows if row in largest]
-        lines += [name, *kept] if kept else []
+        lines += [name, *(row for row in rows if row in largest)]
     return lines
 
 
@@ -155,11 +150,9 @@ def _bounds(part: SubFigure, outcome: Outcome) -> None:
     axes.grid(axis="y", alpha=0.4)
     axes.set(xscale="log", xlim=(low, high), ylim=(len(lines) - 0.4, -0.6), ylabel="layer")
     axes.set_xlabel("error / bound, on a logarithmic scale; up to 1 is rounding", loc="right")
-    axes.minorticks_off()
     axes.set_xticks(list(_SCALE), list(_SCALE.values()))
     axes.set_yticks(list(rows), [_short(row.label) for row in rows.values()])
-    counted = f"the largest {len(rows)} of {len(outcome.rows):,}"
-    part.suptitle(f"Errors over their bounds, {counted}", weight="bold")
+    part.suptitle(f"Errors over their bounds, the largest {len(rows)} of {len(outcome.rows):,}")
 
 
 def _ulps(part: SubFigure, outcome: Outcome) -> None:
@@ -172,7 +165,7 @@ def _ulps(part: SubFigure, outcome: Outcome) -> None:
         axes.bar_label(bars, [f"{share:.2g}" if share else "" for share in shares])
         axes.set(title=f"{name}, {_short(row.label)}", ylim=(0, 1.15), ylabel="share")
     axes.set_xlabel("error in ULP (units in the last place); the edges double")
-    part.suptitle("Errors of the last layer's elements", weight="bold")
+    part.suptitle("Errors of the last layer's elements")
 
 
 def _short(name: str) -> str:
