@@ -23,8 +23,7 @@ _PAGE = """\
 </head>
 <body><main>
 {report}
-</main></body>
-</html>
+</main></body></html>
 """
 
 # Colours are those of the document, or shades over them, so that every theme fits. The class is
@@ -87,8 +86,7 @@ def _report(outcome: Outcome, unfolded: str) -> str:
 
 
 def _folded(title: str, content: Iterable[str], unfolded: str) -> str:
-    inside = "\n".join(content)
-    return f"<details{unfolded}>\n<summary>{title}</summary>\n{inside}\n</details>"
+    return f"<details{unfolded}>\n<summary>{title}</summary>\n{''.join(content)}\n</details>"
 
 
 def _layers(outcome: Outcome) -> str:
@@ -135,11 +133,7 @@ def _pictures(outcome: Outcome) -> list[str]:
         drawn = [plot.render(outcome, "svg", name).decode() for name in plot.panels(outcome)]
     except MissingExtraError as error:
         return [f"<p>Left out: {escape(str(error))}</p>"]
-    svgs = [svg[svg.index("<svg") :].replace("#ffffff", "none") for svg in drawn]
-    svgs = [svg.replace("#000000", "currentColor") for svg in svgs]
-    svgs = [re.sub(r"(?s)<(style|metadata).*?</\1>", "", svg) for svg in svgs]
-    return [
-        '<div class="pictures">',
-        *(re.sub('<g id="[^"]*"', "<g", svg) for svg in svgs),
-        "</div>",
-    ]
+    svgs = "\n".join(svg[svg.index("<svg") :] for svg in drawn)
+    svgs = svgs.replace("#ffffff", "none").replace("#000000", "currentColor")
+    svgs = re.sub(r"(?s)<(style|metadata).*?</\1>", "", svgs)
+    return ['<div class="pictures">', re.sub('<g id="[^"]*"', "<g", svgs), "</div>"]

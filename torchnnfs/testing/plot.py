@@ -41,8 +41,7 @@ def own_numpy() -> Iterator[None]:
             setattr(np, name, function)
         yield
     finally:
-        for name, function in replaced.items():
-            setattr(np, name, function)
+        vars(np).update(replaced)
 
 
 @contextmanager
@@ -52,13 +51,11 @@ def _drawing() -> Iterator[None]:
         try:
             from matplotlib import style
         except ImportError:
-            raise MissingExtraError(
-                "plots need matplotlib: pip install 'torchnnfs[plot]'"
-            ) from None
+            lack = "plots need matplotlib: pip install 'torchnnfs[plot]'"
+            raise MissingExtraError(lack) from None
         look: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left"}
         look |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-        look |= {"figure.titleweight": "bold", "xtick.minor.size": 0}
-        look |= {"svg.fonttype": "none", "text.parse_math": False}
+        look |= {"figure.titleweight": "bold", "svg.fonttype": "none", "text.parse_math": False}
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in another script
         with style.context(look, after_reset=True):
             yield
@@ -120,8 +117,7 @@ def _points(part: SubFigure, outcome: Outcome) -> None:
     axes.set(aspect="equal", adjustable="datalim", xlabel="first input", ylabel="second input")
     who = f"{next(iter(outcome.by_candidate))}, {len(drawn):,} of {len(outcome.input):,} points"
     who += f"\nlargest output: {low:.8g} (faint) to {high:.8g} (strong)"
-    below = (-0.05, -0.14)
-    axes.legend(loc="upper left", bbox_to_anchor=below, ncols=2, title=who, alignment="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.14), title=who, alignment="left")
     part.suptitle("The class that each point is given")
 
 
