@@ -1,3 +1,7 @@
+import re
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -47,3 +51,26 @@ def disagreeing():
     model = classifier(2, 3, 3, generator=stream)
     model[1].forward = lambda input: torch.where(input > 0, input, 0.01 * input)
     return compare(model, points)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """What a document writes into the data-measured attributes, in a browser without a screen."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        pytest.skip("no chromium executable on this machine's PATH")
+    flags = [
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        *(f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,800", "--dump-dom"),
+    ]
+
+    def measured(document):
+        path = tmp_path / "document.html"
+        path.write_text(document, encoding="utf-8")
+        run = [executable, *flags, path.as_uri()]
+        shown = subprocess.run(run, capture_output=True, text=True, timeout=120, check=True).stdout
+        return re.findall(r'data-measured="([^"]*)"', shown)
+
+    return measured

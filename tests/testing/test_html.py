@@ -3,7 +3,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from functools import cache
-from html import unescape
+from html import escape, unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -210,3 +210,38 @@ def test_without_matplotlib_the_pictures_are_left_out(agreeing):
     assert read.all("svg") == []
     assert "pip install 'torchnnfs[plot]'" in read.text["p"]
     assert read.text["b"] == "Agrees"
+
+
+#: Pages in frames, for a browser's own window has a least width, which is more than a phone's.
+FRAMES = """\
+<!doctype html><body style="margin: 0">{frames}
+<script>
+addEventListener("load", () => {{
+  document.body.dataset.measured = [...document.querySelectorAll("iframe")].map(frame => {{
+    const inside = frame.contentDocument;
+    const right = what => Math.max(...[...inside.querySelectorAll(what)].map(
+      each => each.getBoundingClientRect().right));
+    return [frame.contentWindow.innerWidth, inside.documentElement.scrollWidth, right("svg"),
+      right("tbody td:nth-child(2)"), inside.querySelector("b").innerText].join("|");
+  }}).join(";");
+}});
+</script>
+"""
+FRAME = '<iframe width="{width}" height="800" style="border: 0" srcdoc="{document}"></iframe>'
+
+
+def test_a_browser_shows_the_page_no_wider_than_its_window_and_every_verdict(
+    agreeing, disagreeing, browser
+):
+    rows = [replace(row, layer="a" * 80) for row in disagreeing.rows]
+    pages = [page(agreeing), page(disagreeing), html.page(replace(disagreeing, rows=tuple(rows)))]
+    shown = [(width, document) for width in (1280, 390) for document in pages]
+    frames = [FRAME.format(width=width, document=escape(document)) for width, document in shown]
+    (measured,) = browser(FRAMES.format(frames="".join(frames)))
+    for (width, document), frame in zip(shown, measured.split(";"), strict=True):
+        inner, whole, pictures, verdicts, words = frame.split("|")
+        assert int(inner) == width
+        assert int(whole) <= width
+        assert 0 < float(pictures) <= width
+        assert 0 < float(verdicts) <= width
+        assert words == ("Agrees" if document is pages[0] else "Disagrees")

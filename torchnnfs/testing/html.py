@@ -42,7 +42,7 @@ _STYLE = """\
   background: none; font-weight: normal; text-align: left; vertical-align: top;
   white-space: normal; overflow-wrap: normal; word-break: normal; }
 .T :is(thead, .group) th { background: #8882; font-weight: bold; white-space: nowrap; }
-.T tbody :is(th, td):nth-child(-n+2) { min-width: 80px; }
+.T tbody :is(th, td):nth-child(-n+2) { min-width: 90px; overflow-wrap: anywhere; }
 .T .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .T .wrong { background: #d5382a33; }
 .T .wrong > * { font-weight: bold; }

@@ -131,7 +131,7 @@ def _lines(outcome: Outcome) -> list[Row | str]:
 
 
 def _bounds(part: SubFigure, outcome: Outcome) -> None:
-    axes, lines = part.subplots(), _lines(outcome)
+    axes, lines = part.subplots(subplot_kw={"frameon": False}), _lines(outcome)
     rows = {y: line for y, line in enumerate(lines) if isinstance(line, Row)}
     low, *_, high = _SCALE
     axes.axvspan(1, high, color=_BAD, alpha=0.12, lw=0)
