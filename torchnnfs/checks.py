@@ -24,6 +24,22 @@ def check_count(owner: str, name: str, count: Any) -> int:
     return int(count)
 
 
+def check_real(owner: str, name: str, number: Any) -> float:
+    """`number` as a float, or a clear error when it is none.
+
+    Raises:
+        TypeError: `number` is no real number (a bool is none).
+        ValueError: `number` is infinite or NaN.
+    """
+    if isinstance(number, bool) or not isinstance(number, int | float | np.integer | np.floating):
+        raise TypeError(
+            f"{owner} expects {name} to be a number, got {number!r} ({type(number).__name__})"
+        )
+    if not np.isfinite(number):
+        raise ValueError(f"{owner} expects {name} to be finite, got {number}")
+    return float(number)
+
+
 def check_numbers(owner: str, values: Any) -> torch.Tensor:
     """Arrays, nested lists and tensors as a tensor on its own on the CPU, of the dtype they have.
 

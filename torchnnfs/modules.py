@@ -122,6 +122,8 @@ class Dense(nn.Linear):
     Source: NNFS chapter 4, class ``Layer_Dense``.
     """
 
+    _scale = 0.01
+
     def __init__(
         self,
         in_features: int,
@@ -157,14 +159,14 @@ class Dense(nn.Linear):
         if isinstance(generator, np.random.RandomState):
             self._fill(generator.randn(self.in_features, self.out_features))
         else:
-            init.normal_(weight, std=0.01, generator=generator)
+            init.normal_(weight, std=self._scale, generator=generator)
         if self.bias is not None:
             init.zeros_(self.bias)
 
     def _fill(self, drawn: NDArray[np.floating[Any]]) -> None:
-        # As nnfs.init() does it: to float32 first, times 0.01 second. The other order gives other
+        # As nnfs.init() does it: to float32 first, times the scale second. The other order gives other
         # last bits.
-        values = torch.from_numpy((0.01 * drawn.astype(np.float32)).T)
+        values = torch.from_numpy((self._scale * drawn.astype(np.float32)).T)
         weight: Any = self.weight
         if hasattr(weight, "device_mesh"):  # a DTensor takes no plain tensor: each process its part
             from torch.distributed.tensor import distribute_tensor

@@ -1,0 +1,266 @@
+"""The book's arithmetic: dot product, exponential and sum with bits that no library decides.
+
+1. A dot product is accumulated in float64 from the first input to the last, rounded to float32
+   once, and never -0.0.
+2. `exp` is computed in float64 by additions and multiplications alone.
+3. A sum along a row runs in the order of NumPy's pairwise summation: one after the other up to 7
+   numbers; up to 128 in eight interleaved partial sums; longer rows in two halves.
+
+`in_order`, `exp` and `row_sum` do this step by step, with operations that IEEE 754 rounds in one
+way. `dot` and `softmax` give the same bits faster, by Ziv's rounding test: they take the float64
+result y of a library and a bound e on its distance from the defined one. Where y - e and y + e
+round to the same float32, so does everything between them, and the defined result with it. The
+other rows are computed step by step.
+
+The bound for `dot`. Let u = 2**-53, k the number of inputs and S = sum |x_i| |w_i|. Each product
+and each of the k - 1 sums is rounded at most once, in whatever order and with or without fused
+operations. So the library and the defined order are both within k u / (1 - k u) S of the exact sum
+(Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1), and 2 k u S apart in first
+order. y - e and y + e are rounded as well: u (|y| + e), and |y| is at most S in first order. S is
+computed, to a factor of 1 - k u. e = 4 (k + 1) u S covers all of it while k u is below 0.1, that
+is for any k that fits a memory. No test is needed for up to two float32 inputs: their products are
+exact in float64, and one sum rounds in one way.
+
+The bound for `softmax`. The defined `exp` is within 3 u of the exact value, relatively: u/4 from
+the reduced argument, 0.05 u from the end of the series, 2 u from the last steps of the
+polynomial, where the terms before them are at most 0.42 of the result. Libraries state 1 unit in
+the last place (2 u) for float64; 4 u is allowed here, and u for each rounding of y - e and y + e.
+e = 16 u y covers twice as much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_Values = TypeVar("_Values", Tensor, NDArray[Any])
+_UNIT = 2.0**-53
+_LN2_HIGH = float.fromhex("0x1.62e42feep-1")  # 32 bits, so that a multiple of it is exact
+_LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
+_TAYLOR = [1 / math.factorial(k) for k in range(14)]
+
+
+@np.errstate(all="ignore")
+def dot(x: NDArray[Any], w: NDArray[Any]) -> NDArray[np.float32]:
+    """``in_order(x, w)`` in float32, for two matrices.
+
+    Example:
+        >>> dot(np.array([[1, 2**-24, 2**-53, 2**-53]]), np.ones((4, 1)))
+        array([[1.]], dtype=float32)
+    """
+    exact = len(w) <= 2 and x.dtype == w.dtype == np.float32
+    x, w = x.astype(np.float64, copy=False), w.astype(np.float64, copy=False)
+    y = np.matmul(x, w)
+    if exact:
+        return y.astype(np.float32) + np.float32(0)
+    error = np.matmul(np.abs(x), np.abs(w)) * (4 * (len(w) + 1) * _UNIT)
+
+    def step_by_step(unsure: NDArray[np.bool_]) -> NDArray[np.float64]:
+        rows = unsure.any(-1)
+        return in_order(x[rows], w)[unsure[rows]]
+
+    return _rounded(y, error, step_by_step) + np.float32(0)
+
+
+def in_order(x: _Values, w: _Values) -> _Values:
+    """The product of x and the matrix w, accumulated from the first input to the last."""
+    total = x[..., :1] * w[0]
+    for i in range(1, len(w)):
+        total = total + x[..., i : i + 1] * w[i]
+    return total
+
+
+@np.errstate(all="ignore")
+def softmax_on_host(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Softmax along the last dimension, which is not empty.
+
+    Example:
+        >>> softmax_on_host(np.float32([1, 2, 3]))
+        array([0.09003057, 0.24472848, 0.66524094], dtype=float32)
+    """
+    shifted = (x - x.max(-1, keepdims=True)).astype(np.float64)
+
+    def step_by_step(unsure: NDArray[np.bool_]) -> NDArray[np.float64]:
+        return exp(torch.from_numpy(shifted[unsure])).numpy()
+
+    y = np.exp(shifted)
+    powers = _rounded(y, y * (16 * _UNIT), step_by_step)
+    return powers / row_sum(powers)[..., None]
+
+
+def _rounded(
+    y: NDArray[np.float64],
+    error: NDArray[np.float64],
+    step_by_step: Callable[[NDArray[np.bool_]], NDArray[np.float64]],
+) -> NDArray[np.float32]:
+    """What is within `error` of y, in float32; step by step where that does not decide it."""
+    result = (y - error).astype(np.float32)
+    unsure = result != (y + error).astype(np.float32)
+    if unsure.any():
+        result[unsure] = step_by_step(unsure)
+    return result
+
+
+def exp(x: Tensor) -> Tensor:
+    """``e**x`` for float64 x up to 0, to about one unit in the last place.
+
+    ``2**n e**r`` with ``x = n log 2 + r``: the Taylor series of degree 13 is off by less than 5e-18
+    for ``|r| <= log(2) / 2``. The exponential of a library would do, but each has its own last bit.
+    """
+    x = x.clamp(min=-750.0)  # e**-750 rounds to 0
+    n = torch.round(x * (1 / math.log(2)))
+    r = x - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    power = torch.full_like(r, _TAYLOR[-1])
+    for coefficient in _TAYLOR[-2::-1]:
+        power = power * r
+        power = power + coefficient
+    # In two steps, since 2**n may be no normal number.
+    half = (n * 0.5).floor()
+    return power * _power_of_two(half) * _power_of_two(n - half)
+
+
+def _power_of_two(n: Tensor) -> Tensor:
+    """``2.0**n`` for whole n from -1022 to 1023, exactly, by the bits of a float64."""
+    bits = (n.nan_to_num().to(torch.int64) + 1023) << 52
+    return bits.view(torch.float64)
+
+
+def row_sum(x: _Values) -> _Values:
+    """The sum along the last dimension in the order of NumPy's pairwise summation."""
+    n = x.shape[-1]
+    if n > 128:
+        half = n // 2 - n // 2 % 8
+        return row_sum(x[..., :half]) + row_sum(x[..., half:])
+    start = 1
+    total = x[..., 0]
+    if n >= 8:
+        start = n - n % 8
+        lanes = x[..., :8]
+        for i in range(8, start, 8):
+            lanes = lanes + x[..., i : i + 8]
+        for _ in range(3):
+            lanes = lanes[..., ::2] + lanes[..., 1::2]
+        total = lanes[..., 0]
+    for i in range(start, n):
+        total = total + x[..., i]
+    return total
+
+
+def column_sum(x: NDArray[Any]) -> NDArray[Any]:
+    """``np.sum(x, axis=0, keepdims=True)`` of a matrix in NumPy's order for rows in C's order.
+
+    That is row after row, and `row_sum` where a row is one number. An accumulation has no other
+    order than its own, so NumPy's is taken.
+    """
+    if len(x) == 0:
+        return np.zeros((1, x.shape[1]), x.dtype)
+    if x.shape[1] == 1:
+        return row_sum(x.T)[:, None]
+    return np.add.accumulate(x, axis=0)[-1:]
+
+
+@np.errstate(all="ignore")
+def jacobian_product(p: NDArray[Any], values: NDArray[Any]) -> NDArray[np.float32]:
+    """``np.dot(np.diagflat(p) - np.dot(p, p.T), values)`` for each row, as nnfs.init() has it."""
+    total = np.zeros(p.shape, np.float64)
+    for j in range(p.shape[-1]):
+        column = -(p.astype(np.float64) * p[..., j : j + 1]).astype(np.float32).astype(p.dtype)
+        column[..., j] += p[..., j]
+        total += column.astype(np.float64) * values[..., j : j + 1]
+    return total.astype(np.float32)
+
+
+def product(owner: str, x: Tensor, weight: Tensor) -> Tensor:
+    """``in_order(x, weight.T)`` in float32, on any device and differentiable; for `owner`."""
+    if _on_host(x, weight):
+        result: Tensor = _Dot.apply(x, weight)  # type: ignore[no-untyped-call]
+        return result
+    return in_order(double(owner, x), double(owner, weight).T).float() + 0.0
+
+
+class _Dot(torch.autograd.Function):
+    """The product of inputs and the transposed weight on the host, with the exact derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        rows = x.detach().numpy().reshape(-1, x.shape[-1])
+        product = dot(rows, weight.detach().numpy().T)
+        return torch.from_numpy(product).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows, grad_rows = (
+            x.double().reshape(-1, x.shape[-1]),
+            grad.double().reshape(-1, len(weight)),
+        )
+        grad_x = (grad_rows @ weight.double()).view(x.shape).to(x.dtype)
+        grad_weight = (grad_rows.T @ rows).to(weight.dtype)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_weight
+
+
+def softmax(owner: str, x: Tensor) -> Tensor:
+    """Softmax along the last dimension in x's dtype, float32 or float64, as `product`."""
+    double(owner, x[..., :0])
+    result: Tensor = _Softmax.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax in the book's arithmetic, with the derivative of the exact one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        if x.shape[-1] == 0:
+            return x.clone()
+        if x.dtype == torch.float32 and _on_host(x):
+            return torch.from_numpy(softmax_on_host(x.detach().numpy()))
+        shifted = x - x.amax(-1, keepdim=True)
+        powers = exp(shifted.double()).to(x.dtype)
+        return powers / row_sum(powers).unsqueeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        p: Tensor = ctx.saved_tensors[0]
+        weighted = grad * p
+        return weighted - p * weighted.sum(-1, keepdim=True)
+
+
+def _on_host(*tensors: Tensor) -> bool:
+    """Whether NumPy can read the tensors in place, and nothing records what torch does."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return False
+    try:
+        return all(
+            type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.data_ptr() != 0
+            for x in tensors
+        )
+    except RuntimeError:  # inside a transformation like vmap
+        return False
+
+
+def double(owner: str, x: Tensor) -> Tensor:
+    try:
+        return x.double()
+    except (RuntimeError, TypeError) as error:
+        if "64" not in str(error):
+            raise
+        raise TypeError(
+            f"{owner} computes in float64, which {x.device} does not have; "
+            "move the layer and its inputs to another device, with .to('cpu')"
+        ) from error
