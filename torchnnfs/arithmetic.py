@@ -38,10 +38,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _Values = TypeVar("_Values", Tensor, NDArray[Any])
 _UNIT = 2.0**-53
+_PLAIN = {Tensor, nn.Parameter}
+_SHARED = {torch.float32, torch.float64, torch.int64}
 _LN2_HIGH = float.fromhex("0x1.62e42feep-1")  # 32 bits, so that a multiple of it is exact
 _LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
 _TAYLOR = [1 / math.factorial(k) for k in range(14)]
@@ -56,17 +59,18 @@ def dot(x: NDArray[Any], w: NDArray[Any]) -> NDArray[np.float32]:
         array([[1.]], dtype=float32)
     """
     exact = len(w) <= 2 and x.dtype == w.dtype == np.float32
-    x, w = x.astype(np.float64, copy=False), w.astype(np.float64, copy=False)
+    x, w = x.astype(np.float64), w.astype(np.float64)
     y = np.matmul(x, w)
     if exact:
-        return y.astype(np.float32) + np.float32(0)
-    error = np.matmul(np.abs(x), np.abs(w)) * (4 * (len(w) + 1) * _UNIT)
-
-    def step_by_step(unsure: NDArray[np.bool_]) -> NDArray[np.float64]:
-        rows = unsure.any(-1)
-        return in_order(x[rows], w)[unsure[rows]]
-
-    return _rounded(y, error, step_by_step) + np.float32(0)
+        result: NDArray[np.float32] = y.astype(np.float32)
+    else:
+        error = np.matmul(np.abs(x), np.abs(w)) * (4 * (len(w) + 1) * _UNIT)
+        result, unsure = _rounded(y - error, y + error)
+        if unsure.any():
+            rows = unsure.any(-1)
+            result[rows] = in_order(x[rows], w)
+    result += 0.0  # turns -0.0 into 0.0
+    return result
 
 
 def in_order(x: _Values, w: _Values) -> _Values:
@@ -85,27 +89,21 @@ def softmax_on_host(x: NDArray[np.float32]) -> NDArray[np.float32]:
         >>> softmax_on_host(np.float32([1, 2, 3]))
         array([0.09003057, 0.24472848, 0.66524094], dtype=float32)
     """
-    shifted = (x - x.max(-1, keepdims=True)).astype(np.float64)
-
-    def step_by_step(unsure: NDArray[np.bool_]) -> NDArray[np.float64]:
-        return exp(torch.from_numpy(shifted[unsure])).numpy()
-
+    shifted = (x - np.maximum.reduce(x, -1, keepdims=True)).astype(np.float64)
     y = np.exp(shifted)
-    powers = _rounded(y, y * (16 * _UNIT), step_by_step)
-    return powers / row_sum(powers)[..., None]
+    powers, unsure = _rounded(y * (1 - 16 * _UNIT), y * (1 + 16 * _UNIT))
+    if unsure.any():
+        powers[unsure] = exp(torch.from_numpy(shifted[unsure])).numpy()
+    probabilities: NDArray[np.float32] = powers / row_sum(powers)[..., None]
+    return probabilities
 
 
 def _rounded(
-    y: NDArray[np.float64],
-    error: NDArray[np.float64],
-    step_by_step: Callable[[NDArray[np.bool_]], NDArray[np.float64]],
-) -> NDArray[np.float32]:
-    """What is within `error` of y, in float32; step by step where that does not decide it."""
-    result = (y - error).astype(np.float32)
-    unsure = result != (y + error).astype(np.float32)
-    if unsure.any():
-        result[unsure] = step_by_step(unsure)
-    return result
+    low: NDArray[np.float64], high: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """What the numbers from `low` to `high` round to in float32, and where they do not agree."""
+    result = low.astype(np.float32)
+    return result, result != high.astype(np.float32)
 
 
 def exp(x: Tensor) -> Tensor:
@@ -178,41 +176,46 @@ def jacobian_product(p: NDArray[Any], values: NDArray[Any]) -> NDArray[np.float3
     return total.astype(np.float32)
 
 
-def product(owner: str, x: Tensor, weight: Tensor) -> Tensor:
-    """``in_order(x, weight.T)`` in float32, on any device and differentiable; for `owner`."""
+def dense(owner: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer in the book's arithmetic, on any device and differentiable; for `owner`."""
     if _on_host(x, weight):
-        result: Tensor = _Dot.apply(x, weight)  # type: ignore[no-untyped-call]
+        result: Tensor = _Dense.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
-    return in_order(double(owner, x), double(owner, weight).T).float() + 0.0
+    total = in_order(_double(owner, x), _double(owner, weight).T).float() + 0.0
+    return total if bias is None else total + bias.float()
 
 
-class _Dot(torch.autograd.Function):
-    """The product of inputs and the transposed weight on the host, with the exact derivative."""
+class _Dense(torch.autograd.Function):
+    """`dense` by `dot`, with the derivative of the exact one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         rows = x.detach().numpy().reshape(-1, x.shape[-1])
-        product = dot(rows, weight.detach().numpy().T)
-        return torch.from_numpy(product).view(*x.shape[:-1], len(weight))
+        result = dot(rows, weight.detach().numpy().T)
+        if bias is not None:
+            result += bias.detach().numpy()
+        return torch.from_numpy(result.reshape(*x.shape[:-1], len(weight)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows, grad_rows = (
-            x.double().reshape(-1, x.shape[-1]),
-            grad.double().reshape(-1, len(weight)),
-        )
-        grad_x = (grad_rows @ weight.double()).view(x.shape).to(x.dtype)
-        grad_weight = (grad_rows.T @ rows).to(weight.dtype)
-        return grad_x if ctx.needs_input_grad[0] else None, grad_weight
+        x64, weight64, grad64 = x.double(), weight.double(), grad.double()
+        grads = [
+            grad64 @ weight64 if ctx.needs_input_grad[0] else None,
+            grad64.reshape(-1, len(weight)).T @ x64.reshape(-1, x.shape[-1]),
+            grad64.reshape(-1, len(weight)).sum(0) if ctx.needs_input_grad[2] else None,
+        ]
+        return tuple(grads)
 
 
 def softmax(owner: str, x: Tensor) -> Tensor:
-    """Softmax along the last dimension in x's dtype, float32 or float64, as `product`."""
-    double(owner, x[..., :0])
-    result: Tensor = _Softmax.apply(x)  # type: ignore[no-untyped-call]
-    return result
+    """Softmax along the last dimension in x's dtype, float32 or float64, as `dense`."""
+    if x.dtype == torch.float32 and x.shape[-1] > 0 and not x.requires_grad and _on_host(x):
+        return torch.from_numpy(softmax_on_host(x.numpy()))
+    _double(owner, x[..., :0])
+    probabilities: Tensor = _Softmax.apply(x)  # type: ignore[no-untyped-call]
+    return probabilities
 
 
 class _Softmax(torch.autograd.Function):
@@ -243,18 +246,20 @@ class _Softmax(torch.autograd.Function):
 
 def _on_host(*tensors: Tensor) -> bool:
     """Whether NumPy can read the tensors in place, and nothing records what torch does."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():  # type: ignore[attr-defined, no-untyped-call]
         return False
     try:
-        return all(
-            type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.data_ptr() != 0
-            for x in tensors
-        )
+        for x in tensors:
+            if not (type(x) in _PLAIN and x.is_cpu and x.dtype in _SHARED and x.data_ptr()):
+                return False
+            if forward_ad.unpack_dual(x).tangent is not None:
+                return False
     except RuntimeError:  # inside a transformation like vmap
         return False
+    return True
 
 
-def double(owner: str, x: Tensor) -> Tensor:
+def _double(owner: str, x: Tensor) -> Tensor:
     try:
         return x.double()
     except (RuntimeError, TypeError) as error:

@@ -55,6 +55,7 @@ class _Book(nn.Module):
     """What the book's objects have and torch's modules have not: what `forward` keeps."""
 
     inputs, output = _Kept(), _Kept()
+    _inputs = _output = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would register a linked layer, or a parameter under the name of a property.
@@ -127,7 +128,7 @@ class Layer_Dense(_Book, Dense):  # noqa: N801
         array([[ 0.01764052,  0.00400157,  0.00978738],
                [ 0.02240893,  0.01867558, -0.00977278]], dtype=float32)
         >>> dense1.forward([[1, 2]])
-        tensor([[ 0.0625,  0.0414, -0.0098]], grad_fn=<AddBackward0>)
+        tensor([[ 0.0625,  0.0414, -0.0098]], grad_fn=<_DenseBackward>)
         >>> dense1.output
         array([[ 0.06245838,  0.04135273, -0.00975818]], dtype=float32)
         >>> dense1.backward([[1, 0, 0]])
@@ -207,14 +208,14 @@ class Layer_Dense(_Book, Dense):  # noqa: N801
             place.copy_(tensor)
 
     def forward(self, inputs: ArrayLike | Tensor, training: bool | None = None) -> Tensor:  # noqa: D102
-        x = _as_tensor("Layer_Dense", inputs, self.weight.device)
+        weight = self.weight
+        x = _as_tensor("Layer_Dense", inputs, weight.device)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"Layer_Dense(n_inputs={self.in_features}) expects a last dimension of "
                 f"{self.in_features}, got inputs of shape {tuple(x.shape)}"
             )
-        output = arithmetic.product("Layer_Dense", x, self.weight)
-        return self._keep(inputs, x, output if self.bias is None else output + self.bias.float())
+        return self._keep(inputs, x, arithmetic.dense("Layer_Dense", x, weight, self.bias))
 
     def backward(self, dvalues: ArrayLike | Tensor) -> None:
         """Keep ``dweights``, ``dbiases`` and ``dinputs``, from the last inputs and `dvalues`."""

@@ -48,6 +48,8 @@ def check_numbers(owner: str, values: Any) -> torch.Tensor:
     """
     if isinstance(values, torch.Tensor) and not values.is_complex():
         return values.detach().cpu().clone()
+    if type(values) is np.ndarray and values.dtype in (np.float32, np.float64):
+        return torch.from_numpy(values.copy())
     array = np.asarray(values)
     if array.dtype.kind not in "fiu" or np.ma.is_masked(values):
         masked = "masked values" if np.ma.is_masked(values) else f"dtype {array.dtype}"
