@@ -30,6 +30,7 @@ e = 16 u y covers twice as much.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -58,13 +59,12 @@ def dot(x: NDArray[Any], w: NDArray[Any]) -> NDArray[np.float32]:
         >>> dot(np.array([[1, 2**-24, 2**-53, 2**-53]]), np.ones((4, 1)))
         array([[1.]], dtype=float32)
     """
-    exact = len(w) <= 2 and x.dtype == w.dtype == np.float32
-    x, w = x.astype(np.float64), w.astype(np.float64)
-    y = np.matmul(x, w)
-    if exact:
-        result: NDArray[np.float32] = y.astype(np.float32)
+    if len(w) <= 2 and x.dtype == w.dtype == np.float32:
+        result: NDArray[np.float32] = np.matmul(x, w, dtype=np.float64).astype(np.float32)
     else:
-        error = np.matmul(np.abs(x), np.abs(w)) * (4 * (len(w) + 1) * _UNIT)
+        x, w = x.astype(np.float64), w.astype(np.float64)
+        y, error = np.matmul(x, w), np.matmul(np.abs(x), np.abs(w))
+        error *= 4 * (len(w) + 1) * _UNIT
         result, unsure = _rounded(y - error, y + error)
         if unsure.any():
             rows = unsure.any(-1)
@@ -89,7 +89,10 @@ def softmax_on_host(x: NDArray[np.float32]) -> NDArray[np.float32]:
         >>> softmax_on_host(np.float32([1, 2, 3]))
         array([0.09003057, 0.24472848, 0.66524094], dtype=float32)
     """
-    shifted = (x - np.maximum.reduce(x, -1, keepdims=True)).astype(np.float64)
+    # NumPy's own reduction is slow along a short row, and a maximum has no rounding.
+    short = x.shape[-1] < 8
+    top = functools.reduce(np.maximum, np.moveaxis(x, -1, 0)) if short else x.max(-1)
+    shifted = (x - top[..., None]).astype(np.float64)
     y = np.exp(shifted)
     powers, unsure = _rounded(y * (1 - 16 * _UNIT), y * (1 + 16 * _UNIT))
     if unsure.any():
@@ -178,44 +181,49 @@ def jacobian_product(p: NDArray[Any], values: NDArray[Any]) -> NDArray[np.float3
 
 def dense(owner: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer in the book's arithmetic, on any device and differentiable; for `owner`."""
-    if _on_host(x, weight):
-        result: Tensor = _Dense.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return result
-    total = in_order(_double(owner, x), _double(owner, weight).T).float() + 0.0
-    return total if bias is None else total + bias.float()
+    if not on_host(x, weight):
+        total = in_order(_double(owner, x), _double(owner, weight).T).float() + 0.0
+        return total if bias is None else total + bias.float()
+    rows = x.detach().numpy()
+    rows = rows if rows.ndim == 2 else rows.reshape(-1, rows.shape[-1])
+    values = dot(rows, weight.detach().numpy().T)
+    if bias is not None:
+        values += bias.detach().numpy()
+    result: Tensor = _Dense.apply(values, x, weight, bias)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Dense(torch.autograd.Function):
-    """`dense` by `dot`, with the derivative of the exact one."""
+    """The values that were computed on the host, with the derivative of the exact ones."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, values: NDArray[Any], x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        rows = x.detach().numpy().reshape(-1, x.shape[-1])
-        result = dot(rows, weight.detach().numpy().T)
-        if bias is not None:
-            result += bias.detach().numpy()
-        return torch.from_numpy(result.reshape(*x.shape[:-1], len(weight)))
+        result = torch.from_numpy(values)
+        return result if x.ndim == 2 else result.view(*x.shape[:-1], values.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         x64, weight64, grad64 = x.double(), weight.double(), grad.double()
-        grads = [
-            grad64 @ weight64 if ctx.needs_input_grad[0] else None,
-            grad64.reshape(-1, len(weight)).T @ x64.reshape(-1, x.shape[-1]),
-            grad64.reshape(-1, len(weight)).sum(0) if ctx.needs_input_grad[2] else None,
-        ]
-        return tuple(grads)
+        rows = grad64.reshape(-1, len(weight))
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
+        return None, grad64 @ weight64, rows.T @ x64.reshape(-1, x.shape[-1]), grad_bias
 
 
 def softmax(owner: str, x: Tensor) -> Tensor:
     """Softmax along the last dimension in x's dtype, float32 or float64, as `dense`."""
-    if x.dtype == torch.float32 and x.shape[-1] > 0 and not x.requires_grad and _on_host(x):
+    if not x.requires_grad and _softmax_is_fast(x):
         return torch.from_numpy(softmax_on_host(x.numpy()))
     _double(owner, x[..., :0])
     probabilities: Tensor = _Softmax.apply(x)  # type: ignore[no-untyped-call]
     return probabilities
+
+
+def _softmax_is_fast(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.shape[-1] > 0 and on_host(x)
 
 
 class _Softmax(torch.autograd.Function):
@@ -227,7 +235,7 @@ class _Softmax(torch.autograd.Function):
     def forward(x: Tensor) -> Tensor:
         if x.shape[-1] == 0:
             return x.clone()
-        if x.dtype == torch.float32 and _on_host(x):
+        if _softmax_is_fast(x):
             return torch.from_numpy(softmax_on_host(x.detach().numpy()))
         shifted = x - x.amax(-1, keepdim=True)
         powers = exp(shifted.double()).to(x.dtype)
@@ -244,19 +252,20 @@ class _Softmax(torch.autograd.Function):
         return weighted - p * weighted.sum(-1, keepdim=True)
 
 
-def _on_host(*tensors: Tensor) -> bool:
+def on_host(*tensors: Tensor) -> bool:
     """Whether NumPy can read the tensors in place, and nothing records what torch does."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():  # type: ignore[attr-defined, no-untyped-call]
-        return False
     try:
         for x in tensors:
             if not (type(x) in _PLAIN and x.is_cpu and x.dtype in _SHARED and x.data_ptr()):
                 return False
-            if forward_ad.unpack_dual(x).tangent is not None:
-                return False
     except RuntimeError:  # inside a transformation like vmap
         return False
-    return True
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or is_in_torch_dispatch_mode()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _double(owner: str, x: Tensor) -> Tensor:

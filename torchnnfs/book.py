@@ -65,10 +65,14 @@ class _Book(nn.Module):
             super().__setattr__(name, value)
 
     def _keep(self, inputs: Any, x: Tensor, result: Tensor) -> Tensor:
-        self._inputs = inputs if isinstance(inputs, np.ndarray) else _values(x)
         # A copy: what is written to the output must not reach what autograd has kept.
-        kept = _values(result)
-        self._output = kept if kept is None else kept.clone()
+        if arithmetic.on_host(result):
+            self._inputs = inputs if isinstance(inputs, np.ndarray) else x.detach()
+            self._output = result.detach().numpy().copy()
+        else:
+            kept = _values(result)
+            self._inputs = inputs if isinstance(inputs, np.ndarray) else _values(x)
+            self._output = kept if kept is None else kept.clone()
         return result
 
     def _received(self, dvalues: ArrayLike | Tensor, kept: Any, shape: Any = None) -> NDArray[Any]:
@@ -398,7 +402,8 @@ def _as_tensor(owner: str, values: Any, device: torch.device | None = None) -> T
     """A tensor as it is; arrays and lists with the dtype that NumPy gives them, on `device`."""
     if isinstance(values, Tensor) and not values.is_complex():
         return values
-    return check_numbers(owner, values).to(device)
+    x = check_numbers(owner, values)
+    return x if device is None else x.to(device)
 
 
 def _to_numpy(x: Tensor) -> NDArray[Any]:
