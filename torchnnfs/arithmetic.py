@@ -30,7 +30,6 @@ e = 16 u y covers twice as much.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -66,7 +65,7 @@ def dot(x: NDArray[Any], w: NDArray[Any]) -> NDArray[np.float32]:
         y, error = np.matmul(x, w), np.matmul(np.abs(x), np.abs(w))
         error *= 4 * (len(w) + 1) * _UNIT
         result, unsure = _rounded(y - error, y + error)
-        if unsure.any():
+        if np.count_nonzero(unsure):
             rows = unsure.any(-1)
             result[rows] = in_order(x[rows], w)
     result += 0.0  # turns -0.0 into 0.0
@@ -90,12 +89,13 @@ def softmax_on_host(x: NDArray[np.float32]) -> NDArray[np.float32]:
         array([0.09003057, 0.24472848, 0.66524094], dtype=float32)
     """
     # NumPy's own reduction is slow along a short row, and a maximum has no rounding.
-    short = x.shape[-1] < 8
-    top = functools.reduce(np.maximum, np.moveaxis(x, -1, 0)) if short else x.max(-1)
+    top = x.max(-1) if x.shape[-1] > 8 else x[..., 0]
+    for i in range(1, x.shape[-1] if x.shape[-1] <= 8 else 0):
+        top = np.maximum(top, x[..., i])
     shifted = (x - top[..., None]).astype(np.float64)
     y = np.exp(shifted)
     powers, unsure = _rounded(y * (1 - 16 * _UNIT), y * (1 + 16 * _UNIT))
-    if unsure.any():
+    if np.count_nonzero(unsure):
         powers[unsure] = exp(torch.from_numpy(shifted[unsure])).numpy()
     probabilities: NDArray[np.float32] = powers / row_sum(powers)[..., None]
     return probabilities
@@ -184,16 +184,20 @@ def dense(owner: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not on_host(x, weight):
         total = in_order(_double(owner, x), _double(owner, weight).T).float() + 0.0
         return total if bias is None else total + bias.float()
-    rows = x.detach().numpy()
-    rows = rows if rows.ndim == 2 else rows.reshape(-1, rows.shape[-1])
-    values = dot(rows, weight.detach().numpy().T)
-    if bias is not None:
-        values += bias.detach().numpy()
-    result: Tensor = _Dense.apply(values, x, weight, bias)  # type: ignore[no-untyped-call]
+    rows = x.detach().numpy().reshape(-1, x.shape[-1])
+    result: Tensor = WithGraph.apply(affine(rows, weight, bias), x, weight, bias)  # type: ignore
     return result
 
 
-class _Dense(torch.autograd.Function):
+def affine(x: NDArray[Any], weight: Tensor, bias: Tensor | None) -> NDArray[np.float32]:
+    """``dot(x, weight.T)`` plus the bias, on the host."""
+    values = dot(x, weight.detach().numpy().T)
+    if bias is not None:
+        values += bias.detach().numpy()
+    return values
+
+
+class WithGraph(torch.autograd.Function):
     """The values that were computed on the host, with the derivative of the exact ones."""
 
     @staticmethod

@@ -65,14 +65,10 @@ class _Book(nn.Module):
             super().__setattr__(name, value)
 
     def _keep(self, inputs: Any, x: Tensor, result: Tensor) -> Tensor:
+        self._inputs = inputs if isinstance(inputs, np.ndarray) else _values(x)
         # A copy: what is written to the output must not reach what autograd has kept.
-        if arithmetic.on_host(result):
-            self._inputs = inputs if isinstance(inputs, np.ndarray) else x.detach()
-            self._output = result.detach().numpy().copy()
-        else:
-            kept = _values(result)
-            self._inputs = inputs if isinstance(inputs, np.ndarray) else _values(x)
-            self._output = kept if kept is None else kept.clone()
+        kept = _values(result)
+        self._output = kept if kept is None else kept.clone()
         return result
 
     def _received(self, dvalues: ArrayLike | Tensor, kept: Any, shape: Any = None) -> NDArray[Any]:
@@ -132,7 +128,7 @@ class Layer_Dense(_Book, Dense):  # noqa: N801
         array([[ 0.01764052,  0.00400157,  0.00978738],
                [ 0.02240893,  0.01867558, -0.00977278]], dtype=float32)
         >>> dense1.forward([[1, 2]])
-        tensor([[ 0.0625,  0.0414, -0.0098]], grad_fn=<_DenseBackward>)
+        tensor([[ 0.0625,  0.0414, -0.0098]], grad_fn=<WithGraphBackward>)
         >>> dense1.output
         array([[ 0.06245838,  0.04135273, -0.00975818]], dtype=float32)
         >>> dense1.backward([[1, 0, 0]])
@@ -212,7 +208,15 @@ class Layer_Dense(_Book, Dense):  # noqa: N801
             place.copy_(tensor)
 
     def forward(self, inputs: ArrayLike | Tensor, training: bool | None = None) -> Tensor:  # noqa: D102
-        weight = self.weight
+        weight, bias = self.weight, self.bias
+        if (
+            _is_float32(inputs, 2)
+            and inputs.shape[1] == self.in_features
+            and arithmetic.on_host(weight)
+        ):
+            values = arithmetic.affine(inputs, weight, bias)
+            self._inputs, self._output = inputs, values.copy()
+            return arithmetic.WithGraph.apply(values, torch.from_numpy(inputs.copy()), weight, bias)
         x = _as_tensor("Layer_Dense", inputs, weight.device)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
@@ -275,6 +279,10 @@ class Activation_ReLU(_Book, ReLU):  # noqa: N801
         super().__init__()
 
     def forward(self, inputs: ArrayLike | Tensor, training: bool | None = None) -> Tensor:  # noqa: D102
+        if _is_float32(inputs):
+            result = torch.from_numpy(inputs).relu()
+            self._inputs, self._output = inputs, result.numpy().copy()
+            return result
         x = _as_tensor("Activation_ReLU", inputs)
         return self._keep(inputs, x, x.relu_() if self.inplace else x.relu())
 
@@ -326,6 +334,14 @@ class Activation_Softmax(_Book, Softmax):  # noqa: N801
         super().__init__()
 
     def forward(self, inputs: ArrayLike | Tensor, training: bool | None = None) -> Tensor:  # noqa: D102
+        if (
+            type(inputs) is np.ndarray
+            and inputs.dtype == np.float32
+            and inputs.size > 0 < inputs.ndim
+        ):
+            values = arithmetic.softmax_on_host(inputs)
+            self._inputs, self._output = inputs, values
+            return torch.from_numpy(values.copy())
         x = _as_tensor("Activation_Softmax", inputs)
         if x.ndim == 0:
             raise ValueError("Activation_Softmax expects at least one dimension, got a number")
@@ -396,6 +412,15 @@ class Layer_Dropout(_Book, nn.Dropout):  # noqa: N801
     def backward(self, dvalues: ArrayLike | Tensor) -> None:
         """Keep ``dinputs``, from the last mask and `dvalues`."""
         self.dinputs = self._received(dvalues, self.inputs) * self.binary_mask
+
+
+def _is_float32(x: Any, ndim=None) -> bool:
+    return (
+        type(x) is np.ndarray
+        and x.dtype == np.float32
+        and x.size > 0
+        and (ndim is None or x.ndim == ndim)
+    )
 
 
 def _as_tensor(owner: str, values: Any, device: torch.device | None = None) -> Tensor:
