@@ -62,8 +62,7 @@ def dot(x: NDArray[Any], w: NDArray[Any]) -> NDArray[np.float32]:
         result: NDArray[np.float32] = np.matmul(x, w, dtype=np.float64).astype(np.float32)
     else:
         x, w = x.astype(np.float64), w.astype(np.float64)
-        y, error = np.matmul(x, w), np.matmul(np.abs(x), np.abs(w))
-        error *= 4 * (len(w) + 1) * _UNIT
+        y, error = np.matmul(x, w), np.matmul(np.abs(x), np.abs(w) * (4 * (len(w) + 1) * _UNIT))
         result, unsure = _rounded(y - error, y + error)
         if np.count_nonzero(unsure):
             rows = unsure.any(-1)

@@ -36,19 +36,17 @@ from torchnnfs.streams import Generator
 
 
 class _Kept:
-    """An attribute that is kept as a tensor or an array, and read as the book's array."""
+    """An attribute that `forward` keeps as a tensor, and that is an array from its first use on."""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = "_" + name
+        self.name = name
 
     def __get__(self, layer: Any, owner: type | None = None) -> Any:
-        value = self if layer is None else vars(layer).get(self.name)
-        if isinstance(value, Tensor):
-            value = vars(layer)[self.name] = _to_numpy(value)
-        return value
-
-    def __set__(self, layer: Any, value: Any) -> None:
-        vars(layer)[self.name] = value
+        state = {} if layer is None else vars(layer)
+        kept = state.get("_" + self.name)
+        if kept is not None:
+            state[self.name] = _to_numpy(kept)
+        return state.get(self.name)
 
 
 class _Book(nn.Module):
@@ -65,10 +63,13 @@ class _Book(nn.Module):
             super().__setattr__(name, value)
 
     def _keep(self, inputs: Any, x: Tensor, result: Tensor) -> Tensor:
-        self._inputs = inputs if isinstance(inputs, np.ndarray) else _values(x)
+        for name in ("inputs", "output"):
+            vars(self).pop(name, None)
+        self._inputs, kept = _values(x), _values(result)
         # A copy: what is written to the output must not reach what autograd has kept.
-        kept = _values(result)
         self._output = kept if kept is None else kept.clone()
+        if isinstance(inputs, np.ndarray):
+            self.inputs = inputs
         return result
 
     def _received(self, dvalues: ArrayLike | Tensor, kept: Any, shape: Any = None) -> NDArray[Any]:
@@ -208,15 +209,17 @@ class Layer_Dense(_Book, Dense):  # noqa: N801
             place.copy_(tensor)
 
     def forward(self, inputs: ArrayLike | Tensor, training: bool | None = None) -> Tensor:  # noqa: D102
-        weight, bias = self.weight, self.bias
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if (
-            _is_float32(inputs, 2)
+            weight is not None
+            and _is_float32(inputs, 2)
             and inputs.shape[1] == self.in_features
             and arithmetic.on_host(weight)
         ):
             values = arithmetic.affine(inputs, weight, bias)
-            self._inputs, self._output = inputs, values.copy()
+            vars(self).update(inputs=inputs, output=values.copy())
             return arithmetic.WithGraph.apply(values, torch.from_numpy(inputs.copy()), weight, bias)
+        weight, bias = self.weight, self.bias
         x = _as_tensor("Layer_Dense", inputs, weight.device)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
@@ -281,7 +284,7 @@ class Activation_ReLU(_Book, ReLU):  # noqa: N801
     def forward(self, inputs: ArrayLike | Tensor, training: bool | None = None) -> Tensor:  # noqa: D102
         if _is_float32(inputs):
             result = torch.from_numpy(inputs).relu()
-            self._inputs, self._output = inputs, result.numpy().copy()
+            vars(self).update(inputs=inputs, output=result.numpy().copy())
             return result
         x = _as_tensor("Activation_ReLU", inputs)
         return self._keep(inputs, x, x.relu_() if self.inplace else x.relu())
@@ -340,7 +343,7 @@ class Activation_Softmax(_Book, Softmax):  # noqa: N801
             and inputs.size > 0 < inputs.ndim
         ):
             values = arithmetic.softmax_on_host(inputs)
-            self._inputs, self._output = inputs, values
+            vars(self).update(inputs=inputs, output=values)
             return torch.from_numpy(values.copy())
         x = _as_tensor("Activation_Softmax", inputs)
         if x.ndim == 0:
