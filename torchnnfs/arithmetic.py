@@ -51,8 +51,8 @@ _TAYLOR = [1 / math.factorial(k) for k in range(14)]
 
 
 @np.errstate(all="ignore")
-def dot(x: NDArray[Any], w: NDArray[Any]) -> NDArray[np.float32]:
-    """``in_order(x, w)`` in float32, for two matrices.
+def dot(x: NDArray[Any], w: NDArray[Any], bias: Any = 0.0) -> NDArray[np.float32]:
+    """``in_order(x, w)`` in float32, for two matrices, plus the bias.
 
     Example:
         >>> dot(np.array([[1, 2**-24, 2**-53, 2**-53]]), np.ones((4, 1)))
@@ -67,7 +67,7 @@ def dot(x: NDArray[Any], w: NDArray[Any]) -> NDArray[np.float32]:
         if np.count_nonzero(unsure):
             rows = unsure.any(-1)
             result[rows] = in_order(x[rows], w)
-    result += 0.0  # turns -0.0 into 0.0
+    result += bias + 0.0  # turns -0.0 into 0.0
     return result
 
 
@@ -180,23 +180,22 @@ def jacobian_product(p: NDArray[Any], values: NDArray[Any]) -> NDArray[np.float3
 
 def dense(owner: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer in the book's arithmetic, on any device and differentiable; for `owner`."""
-    if not on_host(x, weight):
-        total = in_order(_double(owner, x), _double(owner, weight).T).float() + 0.0
-        return total if bias is None else total + bias.float()
-    rows = x.detach().numpy().reshape(-1, x.shape[-1])
-    result: Tensor = WithGraph.apply(affine(rows, weight, bias), x, weight, bias)  # type: ignore
-    return result
+    if on_host(x, weight):
+        values = affine(x.detach().numpy(), weight, bias)
+        result: Tensor = Dense.apply(values, x, weight, bias)  # type: ignore[no-untyped-call]
+        return result
+    total = in_order(_double(owner, x), _double(owner, weight).T).float()
+    return total + (0.0 if bias is None else bias.float() + 0.0)
 
 
-def affine(x: NDArray[Any], weight: Tensor, bias: Tensor | None) -> NDArray[np.float32]:
-    """``dot(x, weight.T)`` plus the bias, on the host."""
-    values = dot(x, weight.detach().numpy().T)
-    if bias is not None:
-        values += bias.detach().numpy()
-    return values
+def affine(inputs: NDArray[Any], weight: Tensor, bias: Tensor | None) -> NDArray[np.float32]:
+    """`dense` on the host, by `dot`."""
+    rows = inputs if inputs.ndim == 2 else inputs.reshape(-1, inputs.shape[-1])
+    values = dot(rows, weight.detach().numpy().T, 0.0 if bias is None else bias.detach().numpy())
+    return values if inputs.ndim == 2 else values.reshape(*inputs.shape[:-1], -1)
 
 
-class WithGraph(torch.autograd.Function):
+class Dense(torch.autograd.Function):
     """The values that were computed on the host, with the derivative of the exact ones."""
 
     @staticmethod
@@ -204,8 +203,7 @@ class WithGraph(torch.autograd.Function):
         ctx: Any, values: NDArray[Any], x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        result = torch.from_numpy(values)
-        return result if x.ndim == 2 else result.view(*x.shape[:-1], values.shape[-1])
+        return torch.from_numpy(values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

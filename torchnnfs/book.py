@@ -129,7 +129,7 @@ class Layer_Dense(_Book, Dense):  # noqa: N801
         array([[ 0.01764052,  0.00400157,  0.00978738],
                [ 0.02240893,  0.01867558, -0.00977278]], dtype=float32)
         >>> dense1.forward([[1, 2]])
-        tensor([[ 0.0625,  0.0414, -0.0098]], grad_fn=<WithGraphBackward>)
+        tensor([[ 0.0625,  0.0414, -0.0098]], grad_fn=<DenseBackward>)
         >>> dense1.output
         array([[ 0.06245838,  0.04135273, -0.00975818]], dtype=float32)
         >>> dense1.backward([[1, 0, 0]])
@@ -218,7 +218,7 @@ class Layer_Dense(_Book, Dense):  # noqa: N801
         ):
             values = arithmetic.affine(inputs, weight, bias)
             vars(self).update(inputs=inputs, output=values.copy())
-            return arithmetic.WithGraph.apply(values, torch.from_numpy(inputs.copy()), weight, bias)
+            return arithmetic.Dense.apply(values, torch.from_numpy(inputs.copy()), weight, bias)
         weight, bias = self.weight, self.bias
         x = _as_tensor("Layer_Dense", inputs, weight.device)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
