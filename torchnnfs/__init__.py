@@ -1,5 +1,6 @@
 """Chapter 4 of "Neural Networks from Scratch" as PyTorch modules, proven equal to NumPy."""
 
+from torchnnfs import book
 from torchnnfs.fused import fuse
 from torchnnfs.modules import (
     Dense,
@@ -19,6 +20,7 @@ __all__ = [
     "LazyDense",
     "ReLU",
     "Softmax",
+    "book",
     "book_numpy",
     "classifier",
     "compare",

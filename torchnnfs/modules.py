@@ -164,8 +164,8 @@ class Dense(nn.Linear):
             init.zeros_(self.bias)
 
     def _fill(self, drawn: NDArray[np.floating[Any]]) -> None:
-        # As nnfs.init() does it: to float32 first, times the scale second. The other order gives other
-        # last bits.
+        # As nnfs.init() does it: to float32 first, times the scale second. The other order gives
+        # other last bits.
         values = torch.from_numpy((self._scale * drawn.astype(np.float32)).T)
         weight: Any = self.weight
         if hasattr(weight, "device_mesh"):  # a DTensor takes no plain tensor: each process its part
