@@ -31,7 +31,7 @@ e = 16 u y covers twice as much.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -40,7 +40,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_Values = TypeVar("_Values", Tensor, NDArray[Any])
 _UNIT = 2.0**-53
 _PLAIN = {Tensor, nn.Parameter}
 _SHARED = {torch.float32, torch.float64, torch.int64}
@@ -70,9 +69,9 @@ def dot(x: NDArray[Any], w: NDArray[Any], bias: Any = 0.0) -> NDArray[np.float32
     return result
 
 
-def in_order(x: _Values, w: _Values) -> _Values:
-    """The product of x and the matrix w, accumulated from the first input to the last."""
-    total: Any = x[..., :1] * w[0]
+def in_order(x: Any, w: Any) -> Any:
+    """The product of x and the matrix w, tensors or arrays, from the first input to the last."""
+    total = x[..., :1] * w[0]
     for i in range(1, len(w)):
         total = total + x[..., i : i + 1] * w[i]
     return total
@@ -132,9 +131,8 @@ def _power_of_two(n: Tensor) -> Tensor:
     return bits.view(torch.float64)
 
 
-def row_sum(x: _Values) -> _Values:
-    """The sum along the last dimension in the order of NumPy's pairwise summation."""
-    total: Any
+def row_sum(x: Any) -> Any:
+    """The sum along the last dimension, of a tensor or an array, in NumPy's pairwise order."""
     n = x.shape[-1]
     if n > 128:
         half = n // 2 - n // 2 % 8
@@ -163,7 +161,7 @@ def column_sum(x: NDArray[Any]) -> NDArray[Any]:
     if len(x) == 0:
         return np.zeros((1, x.shape[1]), x.dtype)
     if x.shape[1] == 1:
-        return row_sum(x.T)[:, None]
+        return np.asarray(row_sum(x.T)).reshape(1, 1)
     return np.add.accumulate(x, axis=0)[-1:]
 
 
@@ -182,7 +180,7 @@ def dense(owner: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer in the book's arithmetic, on any device and differentiable; for `owner`."""
     if on_host(x, weight):
         return with_graph(affine(x.detach().numpy(), weight, bias), x, weight, bias)
-    total = in_order(_double(owner, x), _double(owner, weight).T).float()
+    total: Tensor = in_order(_double(owner, x), _double(owner, weight).T).float()
     return total + (0.0 if bias is None else bias.float() + 0.0)
 
 
@@ -248,7 +246,8 @@ class _Softmax(torch.autograd.Function):
             return torch.from_numpy(softmax_on_host(x.detach().numpy()))
         shifted = x - x.amax(-1, keepdim=True)
         powers = exp(shifted.double()).to(x.dtype)
-        return powers / row_sum(powers).unsqueeze(-1)
+        probabilities: Tensor = powers / row_sum(powers).unsqueeze(-1)
+        return probabilities
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

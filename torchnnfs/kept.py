@@ -36,6 +36,8 @@ class Keeps(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would register a linked layer, or a parameter under the name of a property.
+        if name in ("inputs", "output") and isinstance(value, Tensor):
+            value = _to_numpy(value)
         if isinstance(value, Keeps) or hasattr(type(self), name):
             object.__setattr__(self, name, value)
         else:
@@ -57,7 +59,7 @@ class Keeps(nn.Module):
         shape = (*shape[:-1], *last) if last else shape
         if kept is None:
             raise RuntimeError(f"{name}.backward expects a call of {name}.forward before it")
-        values = check_numbers(f"{name}.backward", dvalues).numpy()
+        values = _to_numpy(check_numbers(f"{name}.backward", dvalues))
         if values.shape != shape:
             raise ValueError(
                 f"{name}.backward expects dvalues of shape {shape}, as the last output has, "
@@ -74,7 +76,7 @@ def as_tensor(owner: str, values: Any, device: torch.device | None = None) -> Te
 
 
 def _to_numpy(x: Tensor) -> NDArray[Any]:
-    return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
+    return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
 
 
 def _values(x: Tensor) -> Tensor | None:
