@@ -51,7 +51,13 @@ def read(layer: Any, kinds: list[str]) -> Parts:
     elif kind_of(layer) in kinds:
         found = Parts(kind=kind_of(layer))
         if found.kind == "dropout":
-            found = found._replace(rate=held.pop("rate", 1.0))
+            rate = held.pop("rate", None)
+            if not isinstance(rate, float | int) or not 0 < rate <= 1:
+                raise TypeError(
+                    f"book.from_numpy expects {owner}.rate to be the share of the inputs that stays, "
+                    f"above 0 and up to 1, as the book keeps it, got {rate!r}"
+                )
+            found = found._replace(rate=rate)
     else:
         raise TypeError(
             "book.from_numpy expects an object with weights and biases, or of a class named like "
@@ -59,7 +65,8 @@ def read(layer: Any, kinds: list[str]) -> Parts:
         )
     for name, value in held.items():
         # A number may be a setting of the training; `check_forward` shows whether it is.
-        if not (isinstance(value, int | float) and hasattr(layer, "forward")):
+        runs = hasattr(layer, "forward") and found.kind != "dropout"
+        if not (runs and isinstance(value, int | float)):
             raise TypeError(f"{_HINT}: {owner} has an attribute {name!r}, {value!r:.60}")
     return found
 
