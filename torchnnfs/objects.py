@@ -54,8 +54,8 @@ def read(layer: Any, kinds: list[str]) -> Parts:
             rate = held.pop("rate", None)
             if not isinstance(rate, float | int) or not 0 < rate <= 1:
                 raise TypeError(
-                    f"book.from_numpy expects {owner}.rate to be the share of the inputs that stays, "
-                    f"above 0 and up to 1, as the book keeps it, got {rate!r}"
+                    f"book.from_numpy expects {owner}.rate to be the share of the inputs that "
+                    f"stays, above 0 and up to 1, as the book keeps it, got {rate!r}"
                 )
             found = found._replace(rate=rate)
     else:
