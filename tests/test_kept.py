@@ -6,7 +6,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from torchnnfs import book
 from torchnnfs.book import Activation_ReLU, Activation_Softmax, Layer_Dense, Layer_Dropout
 
 
@@ -25,6 +27,24 @@ def test_arrays_of_numpy_are_never_shared_with_autograd():
     for kind in (layer, Activation_ReLU(), Activation_Softmax(), Layer_Dropout(0.1)):
         with torch.no_grad():
             assert np.asarray(kind.forward(frozen)).shape == kind.output.shape
+
+
+def test_odd_shapes_widths_and_dtypes():
+    layer = Layer_Dense(2, 3)
+    for shape in ((0, 5, 2), (0, 2), (2,), (1, 2, 1, 2)):
+        for inputs in (np.ones(shape), np.ones(shape, np.float32), torch.ones(shape)):
+            assert layer.forward(inputs).shape == layer.output.shape == (*shape[:-1], 3)
+            layer.backward(layer.output)
+            assert layer.dinputs.shape == shape
+    x = np.random.RandomState(0).randn(9, 2).astype(np.float32)
+    layer.biases = [0.1, 0.2, 0.3]
+    expected = layer.forward(x).detach()
+    assert torch.equal(layer.double().forward(x), expected)
+    assert torch.equal(torch.func.vmap(layer)(torch.from_numpy(x)), expected)
+    for order in (np.asfortranarray(x), x[::-1][::-1], np.repeat(x, 2, 0)[::2], x.astype(">f4")):
+        assert torch.equal(layer.forward(order), expected)
+    everything = book.from_torch(nn.Dropout(1.0)).forward(x)
+    assert not everything.any()
 
 
 class Doubled(Layer_Dense):

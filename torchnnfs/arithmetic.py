@@ -194,8 +194,9 @@ def dense(owner: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def affine(inputs: NDArray[Any], weight: Tensor, bias: Tensor | None) -> NDArray[np.float32]:
     """`dense` on the host, by `dot`."""
     rows = inputs if inputs.ndim == 2 else inputs.reshape(-1, inputs.shape[-1])
-    values = dot(rows, weight.detach().numpy().T, 0.0 if bias is None else bias.detach().numpy())
-    return values if inputs.ndim == 2 else values.reshape(*inputs.shape[:-1], -1)
+    plus = 0.0 if bias is None else bias.detach().float().numpy()
+    values = dot(rows, weight.detach().numpy().T, plus)
+    return values if inputs.ndim == 2 else values.reshape(*inputs.shape[:-1], len(weight))
 
 
 def with_graph(

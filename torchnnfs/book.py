@@ -339,7 +339,7 @@ class Layer_Dropout(Keeps, nn.Dropout):  # noqa: N801
         if not (self.training if training is None else training):
             self.binary_mask: NDArray[Any] = np.ones((), np.float32)
             return self._keep(inputs, x, x.clone())
-        self.binary_mask = np.random.binomial(1, self.rate, size=tuple(x.shape)) / self.rate
+        self.binary_mask = np.random.binomial(1, self.rate, size=tuple(x.shape)) / (self.rate or 1)
         return self._keep(inputs, x, x * torch.as_tensor(self.binary_mask, device=x.device))
 
     def backward(self, dvalues: Inputs) -> None:
@@ -435,7 +435,7 @@ def from_numpy(layer: Any, *, device: torch.device | str | int | None = None) ->
         return Layer_Dropout(1 - parts.rate).eval()
     if parts.kind is not None:
         activation = Activation_ReLU() if parts.kind == "relu" else Activation_Softmax()
-        objects.check_forward(layer, activation, 5, (1.0, 30.0))
+        objects.check_forward(layer, activation, 5, (1.0, 10.0))
         return activation
     dense = Dense.from_numpy(parts.weights, parts.biases, device=device, dtype=torch.float32)
     model = from_torch(dense)
