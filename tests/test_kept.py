@@ -47,6 +47,17 @@ def test_odd_shapes_widths_and_dtypes():
     assert not everything.any()
 
 
+def test_nothing_of_an_earlier_pass_comes_back():
+    layer = Layer_Dense(2, 3)
+    layer.forward(torch.ones(4, 2))
+    layer.forward(np.ones((1, 2), np.float32))
+    assert layer.output.shape == (1, 3)
+    del layer.output
+    assert layer.output is None
+    layer.forward(torch.ones(4, 2))
+    assert (layer.inputs.shape, layer.output.shape) == ((4, 2), (4, 3))
+
+
 class Doubled(Layer_Dense):
     """A reader's subclass, with the book's way of calling the class it stands on."""
 

@@ -274,7 +274,7 @@ def is_quick(values: Any, *tensors: Any) -> TypeGuard[NDArray[np.float32]]:
         type(values) is np.ndarray
         and values.dtype == np.float32
         and values.size > 0
-        and on_host(*tensors)
+        and (on_host(*tensors) if tensors else not torch.compiler.is_compiling())
     )
 
 

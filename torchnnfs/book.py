@@ -165,7 +165,7 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
         shape = (self.in_features,)
         if "bias" in held and is_quick(inputs, held.get("weight")) and inputs.shape[1:] == shape:
             values = arithmetic.affine(inputs, held["weight"], held["bias"])
-            vars(self).update(inputs=inputs, output=values.copy())
+            self._keep_arrays(inputs, values.copy())
             x = torch.from_numpy(inputs.copy())
             return arithmetic.with_graph(values, x, held["weight"], held["bias"])
         x = as_tensor("Layer_Dense", inputs, self.weight.device)
@@ -225,7 +225,7 @@ class Activation_ReLU(Keeps, ReLU):  # noqa: N801
     def forward(self, inputs: Inputs, training: bool | None = None) -> Tensor:  # noqa: D102
         if is_quick(inputs):
             result = torch.from_numpy(inputs.copy()).relu_()
-            vars(self).update(inputs=inputs, output=result.numpy().copy())
+            self._keep_arrays(inputs, result.numpy().copy())
             return result
         x = as_tensor("Activation_ReLU", inputs)
         return self._keep(inputs, x, x.relu_() if self.inplace else x.relu())
@@ -276,7 +276,7 @@ class Activation_Softmax(Keeps, Softmax):  # noqa: N801
     def forward(self, inputs: Inputs, training: bool | None = None) -> Tensor:  # noqa: D102
         if is_quick(inputs) and inputs.ndim > 0:
             values = arithmetic.softmax_on_host(inputs)
-            vars(self).update(inputs=inputs, output=values)
+            self._keep_arrays(inputs, values)
             return torch.from_numpy(values.copy())
         x = as_tensor("Activation_Softmax", inputs)
         if x.ndim == 0:

@@ -43,6 +43,9 @@ class Keeps(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def _keep_arrays(self, inputs: NDArray[Any], output: NDArray[Any]) -> None:
+        vars(self).update(inputs=inputs, output=output, _inputs=None, _output=None)
+
     def _keep(self, inputs: Any, x: Tensor, result: Tensor) -> Tensor:
         for name in ("inputs", "output"):
             vars(self).pop(name, None)
