@@ -76,6 +76,19 @@ def test_a_sum_of_two_products_needs_no_test(off):
     assert not np.signbit(arithmetic.dot(x, w)[2]).any()
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 20])
+def test_no_result_is_a_negative_zero(k):
+    x, layer = np.full((1, k), 1e-30, np.float32), Layer_Dense(k, 2)
+    layer.weights = np.full((k, 2), -1e-30)
+    layer.biases *= -1
+    bare = book.from_torch(torch.nn.Linear(k, 2, bias=False))
+    bare.weights = layer.weights
+    assert not np.signbit(arithmetic.dot(x, layer.weights)).any()
+    for each in (layer, bare):
+        for way in (each.forward, torch.func.vmap(each)):
+            assert not way(torch.from_numpy(x)).signbit().any()
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e4, 1e30])
 @pytest.mark.parametrize(("m", "k", "n"), [(300, 3, 3), (300, 64, 3), (2, 300, 64), (1, 1, 1)])
 def test_dot_products_of_any_scale(m, k, n, scale, off):

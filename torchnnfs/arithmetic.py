@@ -73,7 +73,7 @@ def _settle(result: NDArray[Any], unsure: NDArray[Any], x: NDArray[Any], w: NDAr
     places = np.flatnonzero(unsure)
     for part in np.array_split(places, 1 + places.size * len(w) // 2**22):  # 32 MB at a time
         rows, columns = np.divmod(part, w.shape[1])
-        result.ravel()[part] = np.add.accumulate(x[rows] * w.T[columns], axis=1)[:, -1]
+        np.put(result, part, np.add.accumulate(x[rows] * w.T[columns], axis=1)[:, -1])
 
 
 def in_order(x: Any, w: Any) -> Any:
