@@ -25,20 +25,20 @@ LAYERS = [
     "torchnnfs.testing.judge",
     "torchnnfs.testing.problem",
     "torchnnfs.testing.exact",
+    "torchnnfs.testing.measure",
+    "torchnnfs.testing.inputs",
     "torchnnfs.testing.golden",
+    "torchnnfs.testing.files",
+    "torchnnfs.testing.environment",
     "torchnnfs.testing.candidates",
     "torchnnfs.testing.reference",
-    "torchnnfs.testing.inputs",
-    "torchnnfs.testing.environment",
-    "torchnnfs.testing.files",
     "torchnnfs.testing.models",
-    "torchnnfs.testing.layers.normalise",
     "torchnnfs.testing.layers.dense",
+    "torchnnfs.testing.layers.normalise",
+    "torchnnfs.testing.layers.pointwise",
     "torchnnfs.testing.layers.reshape",
     "torchnnfs.testing.layers.softmax",
-    "torchnnfs.testing.layers.pointwise",
     "torchnnfs.testing.layers",
-    "torchnnfs.testing.measure",
     "torchnnfs.testing.precision",
     "torchnnfs.fused",
     "torchnnfs.book",
@@ -51,6 +51,7 @@ LAYERS = [
     "torchnnfs.checks",
 ]
 FILES = sorted(ROOT.rglob("*.py"))
+WITHOUT_TORCH = [ROOT / "testing" / "precision.py", *(ROOT / "testing" / "layers").glob("*.py")]
 
 
 def name_of(path):
@@ -59,8 +60,8 @@ def name_of(path):
 
 
 def imports(tree):
-    """What a file imports when it is run; imports for type checkers alone do not count."""
-    for node in tree.body:
+    """What a file imports anywhere: in functions and for type checkers alone, too."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             within = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from [name for name in within if name in LAYERS] or [node.module]
@@ -69,7 +70,7 @@ def imports(tree):
 
 
 def test_every_module_has_its_place():
-    assert {name_of(path) for path in FILES} == set(LAYERS)
+    assert sorted(map(name_of, FILES)) == sorted(LAYERS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -80,10 +81,19 @@ def test_imports_run_one_way(path):
             assert LAYERS.index(imported) > LAYERS.index(name), f"{name} imports {imported}"
 
 
-def test_the_reference_knows_no_torch():
-    for name in ("reference", "bounds"):
-        tree = ast.parse((ROOT / "testing" / f"{name}.py").read_text())
-        assert not [module for module in imports(tree) if module.split(".")[0] == "torch"]
+def test_imports_for_type_checkers_and_in_functions_count():
+    tree = ast.parse("if TYPE_CHECKING:\n    from a import b\ndef f():\n    import c\n")
+    assert list(imports(tree)) == ["a", "c"]
+
+
+@pytest.mark.parametrize("path", WITHOUT_TORCH, ids=name_of)
+def test_formulas_and_bounds_know_no_torch(path):
+    assert "torch" not in {name.split(".")[0] for name in imports(ast.parse(path.read_text()))}
+
+
+@pytest.mark.parametrize("path", sorted([*FILES, *ROOT.rglob("*.cpp")]), ids=lambda path: path.name)
+def test_no_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= 450
 
 
 @pytest.mark.parametrize("package", [torchnnfs, torchnnfs.testing])

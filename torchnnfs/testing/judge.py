@@ -289,8 +289,8 @@ def _excess(
 ) -> float | None:
     """Root mean square of the error over that of an honest computation in the same precision.
 
-    The honest one is at least u / sqrt(3) of the output's root mean square: a number may be right
-    by luck.
+    Of several honest ones the worst counts, and it is at least u / sqrt(3) of the output's root
+    mean square: a number may be right by luck.
     """
     if layer.honest is None or expected.basis != ROUNDING:
         return None
@@ -309,8 +309,9 @@ def _excess(
     size = _rms(y[usable])
     floor = precision.roundoff * size / math.sqrt(3) + 2 * (precision.tiny + precision.stored_tiny)
     flushed = precision.tiny * x.shape[1] * (1 + float(np.max(np.abs(x))))
-    error = _rms((value - y)[usable])
-    return error / max(_rms(honest[:, usable]), floor + flushed) if error else 0.0
+    error = _rms(value[usable] - y[usable])
+    plain = max(_rms(order[usable]) for order in honest)
+    return error / max(plain, floor + flushed) if error else 0.0
 
 
 def _rms(values: Array) -> float:

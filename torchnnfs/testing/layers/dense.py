@@ -80,14 +80,19 @@ _ENOUGH = 1000
 
 
 def dense_honest(x: Array, precision: Precision, weight: Array, bias: Array | None = None) -> Array:
-    """Errors of plain sums, one input after the other, each step rounded, in a few orders.
+    """Errors of plain sums, one term after the other, each step rounded, in a few orders.
 
-    Half types are summed in float32 and rounded once. The result has shape (orders, rows, out).
+    The first begins with the bias, as many kernels do: behind a large one each step rounds more
+    than if it came last. Half types are summed in float32 and rounded once. The result has shape
+    (orders, rows, out).
     """
     step: type = np.float64 if precision is PRECISIONS["float64"] else np.float32
     exact = dense(x, weight, bias)
     narrow: Array = x.astype(step)
     factors: Array = weight.T.astype(step)
+    if bias is not None:  # one more term, whose input is 1
+        narrow = np.concatenate([np.ones_like(narrow[..., :1]), narrow], axis=-1)
+        factors = np.concatenate([bias.astype(step)[None], factors])
     orders = np.random.RandomState(0)
     errors = []
     with np.errstate(all="ignore"):
@@ -96,8 +101,6 @@ def dense_honest(x: Array, precision: Precision, weight: Array, bias: Array | No
             total: Array = np.zeros(exact.shape, step)
             for k in orders.permutation(n) if i else range(n):
                 total += narrow[..., k, None] * factors[k]
-            if bias is not None:
-                total += bias.astype(step)
             errors.append(precision.round(total.astype(np.float64)) - exact)
     return np.stack(errors)
 

@@ -1,0 +1,353 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from torchnnfs import Dense, ReLU, Softmax, book, book_numpy, classifier, compare, spiral
+from torchnnfs.testing import Candidate
+
+
+class Own(nn.Module):
+    """What most people write: a forward of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return torch.softmax(self.last(torch.relu(self.first(x)) + x[..., :1]), -1)
+
+
+class Twice(Own):
+    """Softmax twice: a mistake that its own float64 run makes, too."""
+
+    def forward(self, x):
+        return torch.softmax(super().forward(x), -1)
+
+
+class Unscaled(Own):
+    def forward(self, x):
+        return super().forward(x) * 1.0001
+
+
+class Logits(Own):
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)) + x[..., :1])
+
+
+@pytest.fixture
+def model():
+    return Own()
+
+
+@pytest.fixture
+def points():
+    return torch.randn(20, 3)
+
+
+def same_weights(kind, model):
+    other = kind()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def formula(model, dtype=None):
+    """The model in NumPy."""
+    w, b, v, c = (each.detach().numpy() for each in model.parameters())
+
+    def compute(x):
+        x = x.astype(dtype or x.dtype)
+        hidden = np.maximum(0, x @ w.T.astype(x.dtype) + b) + x[..., :1]
+        powers = np.exp(hidden @ v.T + c - np.max(hidden @ v.T + c, axis=-1, keepdims=True))
+        return powers / powers.sum(axis=-1, keepdims=True)
+
+    return compute
+
+
+class Returns:
+    def __init__(self, compute):
+        self.compute = compute
+
+    def forward(self, inputs):
+        return self.compute(inputs)
+
+
+class Sets(Returns):
+    def forward(self, inputs):
+        self.output = self.compute(inputs)
+
+
+class Trains(Returns):
+    def forward(self, inputs, training):
+        assert training is False
+        self.output = self.compute(inputs)
+
+
+def numbers(model, points):
+    return formula(model, np.float64)(points.numpy())
+
+
+FORMS = {
+    "a function": lambda model, points: formula(model),
+    "a function in float64": lambda model, points: formula(model, np.float64),
+    "an object that returns": lambda model, points: Returns(formula(model)),
+    "an object that sets output": lambda model, points: Sets(formula(model)),
+    "forward takes training": lambda model, points: Trains(formula(model)),
+    "a list of one": lambda model, points: [Sets(formula(model))],
+    "more objects than layers": lambda model, points: [
+        *(Returns(lambda x: x) for _ in range(4)),
+        Sets(formula(model)),
+    ],
+    "an array": numbers,
+    "a tensor": lambda model, points: torch.from_numpy(numbers(model, points)),
+    "a mapping to a function": lambda model, points: {"": formula(model)},
+    "a mapping to an array": lambda model, points: {"": numbers(model, points)},
+    "a module": lambda model, points: same_weights(Own, model),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_output_is_judged_whatever_the_form(form, model, points):
+    told = compare(model, points, reference=form(model, points), controls=False)
+    assert told.ok, told
+    assert told.unjudged == ()
+    assert told.rows[-1].label.startswith("(output)")
+    for wrong in (Twice, Unscaled, Logits):
+        wrong = same_weights(wrong, model)
+        told = compare(wrong, points, reference=form(model, points), candidates=["eager"])
+        assert told.first_divergence.layer == "(output)", told
+
+
+def test_without_a_reference_the_verdict_says_what_nobody_judged(model, points):
+    for kind in (Own, Twice):
+        told = compare(same_weights(kind, model), points, candidates=["eager"])
+        assert told.ok
+        assert told.unjudged == (f"(output) {kind.__name__}",)
+        assert kind.__name__ in told.verdict
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.relu(x) * 2,
+        lambda x: x.relu() * 2,
+        lambda x: F.linear(x, 2 * torch.eye(3)).clamp(min=0),
+        lambda x: nn.Sequential(nn.ReLU(), nn.Flatten())(x) * 2,
+    ],
+    ids=["torch's functions", "methods of tensors", "torch.nn.functional", "layers"],
+)
+def test_a_reference_that_takes_tensors_alone(function, points):
+    class TwiceReLU(nn.Module):
+        def forward(self, x):
+            return 2 * torch.relu(x)
+
+    told = compare(TwiceReLU(), points, reference=function)
+    assert told.ok, told
+    assert not compare(TwiceReLU(), points, reference=lambda x: function(x) * 1.001).ok
+
+
+class Layer_Dense:  # noqa: N801
+    """As a reader writes it."""
+
+    def __init__(self, n_inputs, n_neurons):
+        self.weights = 0.01 * np.random.randn(n_inputs, n_neurons)
+        self.biases = np.zeros((1, n_neurons))
+
+    def forward(self, inputs):
+        self.output = np.dot(inputs, self.weights) + self.biases
+
+
+class Activation_ReLU:  # noqa: N801
+    def forward(self, inputs):
+        self.output = np.maximum(0, inputs)
+
+
+class Activation_Softmax:  # noqa: N801
+    def forward(self, inputs):
+        powers = np.exp(inputs - np.max(inputs, axis=1, keepdims=True))
+        self.output = powers / np.sum(powers, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["nnfs.init", "plain"])
+def test_a_readers_own_network(inside):
+    stream = np.random.RandomState(0)
+    points, _ = spiral(generator=stream)
+    model = classifier(2, 3, 3, generator=stream)
+    with book_numpy():
+        spiral(generator=np.random.RandomState(0))
+        np.random.randn(300)
+        theirs = [Layer_Dense(2, 3), Activation_ReLU(), Layer_Dense(3, 3), Activation_Softmax()]
+        if inside:
+            comparison = compare(model, points, reference=theirs)
+    if not inside:
+        comparison = compare(model, points, reference=theirs)
+    assert comparison.ok, comparison
+    assert {row.layer for row in comparison.rows} == {"0", "1", "2", "3", "(output)"}
+    theirs[2].weights = theirs[2].weights * np.float32(1.00001)
+    assert compare(model, points, reference=theirs).first_divergence.layer == "2"
+    theirs[1].forward = lambda inputs: setattr(theirs[1], "output", inputs)
+    assert compare(model, points, reference=theirs).first_divergence.layer == "1"
+
+
+def test_objects_whose_number_is_not_that_of_the_layers():
+    """They are run in order, and their end is judged."""
+    dense, points = Dense(2, 3), torch.randn(9, 2)
+    theirs = [Layer_Dense(2, 3), Activation_ReLU()]
+    theirs[0].weights, theirs[0].biases = (each.detach().numpy().T for each in dense.parameters())
+    model = nn.Sequential(dense, ReLU(), nn.Identity())
+    told = compare(model, points, reference=theirs, candidates=["eager"])
+    assert told.ok, told
+    words = "The reference has 2 objects for 3 layers: it judges the output alone."
+    assert words in told.notes
+    assert told.rows[-1].layer == "(output)"
+    model[2] = nn.Flatten(0)
+    told = compare(model, points, reference=theirs, candidates=["eager"])
+    assert told.first_divergence.layer == "(output)"
+    assert "shape (27,) where" in told.first_divergence.reason
+    assert "(9, 3)" in told.first_divergence.reason
+
+
+def test_a_readers_float64_network():
+    weights = np.random.RandomState(0).randn(2, 3)
+    theirs = [Layer_Dense(2, 3), Activation_ReLU()]
+    theirs[0].weights = weights
+    model = nn.Sequential(Dense.from_numpy(weights, np.zeros((1, 3))), ReLU()).double()
+    points = torch.randn(30, 2, dtype=torch.float64)
+    assert compare(model, points, reference=theirs).ok
+    theirs[0].weights = weights + 1e-12
+    assert not compare(model, points, reference=theirs).ok
+
+
+def test_the_books_dialect():
+    stream = np.random.RandomState(0)
+    theirs = [book.Layer_Dense(2, 3), book.Activation_ReLU()]
+    model = nn.Sequential(Dense(2, 3), ReLU())
+    points = torch.from_numpy(stream.randn(9, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.as_tensor(np.asarray(theirs[0].weights)).T)
+    told = compare(model, points, reference=theirs)
+    assert told.ok, told
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1e-4
+    assert compare(model, points, reference=theirs).first_divergence.layer == "0"
+
+
+def test_places_within_the_model(points):
+    """Functions and arrays for places inside; the output is judged where it is named."""
+
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.encoder(x))
+
+    model = Nested()
+    w, b, v, c = (each.detach().numpy().astype(float) for each in model.parameters())
+    hidden = np.tanh(points.numpy().astype(float) @ w.T + b)
+    end = hidden @ v.T + c
+    right = {"encoder.1": hidden, "encoder.0": lambda x: x @ w.T + b, "": end}
+    told = compare(model, points, reference=right, candidates=["eager"])
+    assert told.ok, told
+    assert told.unjudged == ()
+    for path, wrong in (
+        ("encoder.1", hidden * 1.0001),
+        ("encoder.0", lambda x: x @ w.T),
+        ("", end + 1e-4),
+    ):
+        told = compare(model, points, reference={**right, path: wrong}, candidates=["eager"])
+        assert told.first_divergence.layer == (path or "(output)"), told
+    del right[""]
+    told = compare(model, points, reference=right, candidates=["eager"])
+    assert told.ok
+    assert told.unjudged == ("(output) Nested",)
+
+
+def test_a_reference_with_several_outputs():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(2, 3), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return {"one": self.one(x), "two": self.two(x)}
+
+    model, points = Heads(), torch.randn(5, 2)
+    w, b, v, c = (each.detach().numpy() for each in model.parameters())
+    right = compare(model, points, reference=lambda x: {"one": x @ w.T + b, "two": x @ v.T + c})
+    assert right.ok, right
+    told = compare(model, points, reference=lambda x: {"one": x @ w.T + b, "two": x @ v.T})
+    assert told.first_divergence.layer == "(output)['two']"
+    told = compare(model, points, reference=lambda x: x @ w.T + b)
+    assert told.first_divergence.layer.startswith("(output)")
+
+
+def test_several_inputs():
+    class Both(nn.Module):
+        def forward(self, a, b):
+            return a * b
+
+    a, b = torch.randn(2, 5)
+    assert compare(Both(), (a, b), reference=lambda a, b: a * b).ok
+    assert not compare(Both(), (a, b), reference=lambda a, b: a * b + 1e-5).ok
+    assert compare(Both(), {"a": a, "b": b}, reference=lambda *, a, b: a * b).ok
+
+
+def test_the_less_accurate_side_is_named(model, points):
+    wrong = same_weights(Unscaled, model)
+    told = compare(wrong, points, reference=formula(model), candidates=["eager"])
+    assert "the candidate computes what the model's own layers" in told.verdict
+    rough = formula(model, np.float64)
+    told = compare(model, points, reference=lambda x: rough(x) + 1e-3, candidates=["eager"])
+    assert "the candidate computes what the model's own layers" in told.verdict
+
+
+def test_a_reference_in_float32_brings_its_own_rounding(points):
+    """What float64 calls 1e-6 off may be right beside a float32 reference, not beside float64."""
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    w, b = (each.detach().numpy() for each in model.parameters())
+    double = points.double()
+    exact = double.numpy() @ w.T + b
+    named = {"candidates": [Candidate()], "controls": False}
+    assert compare(model, double, reference=exact, **named).ok
+    assert compare(model, double, reference=exact.astype(np.float32), **named).ok
+    assert not compare(model, double, reference=exact + 1e-7 * np.abs(exact), **named).ok
+
+
+class Nothing:
+    def forward(self, inputs):
+        pass
+
+
+class NoNumbers:
+    def forward(self, inputs):
+        return "three"
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "words"),
+    [
+        (3, TypeError, "compare expects as reference for the output a torch.nn.Module, .*, got 3"),
+        ("relu", TypeError, "compare expects as reference for the output .*, got 'relu'"),
+        (nn.Linear, TypeError, "compare expects as reference for the output .*Linear"),
+        ([], ValueError, "compare expects a reference with at least one object, got an empty list"),
+        ([lambda x: x, None], TypeError, "compare expects as reference number 1 .*, got None"),
+        ([Nothing()], TypeError, "Nothing.forward number 0 to return an array or to set output"),
+        (Nothing(), TypeError, "Nothing.forward for the output to return .*got neither"),
+        (NoNumbers(), TypeError, "to give arrays of numbers, got str of dtype <U5"),
+        ({"middle": np.ones(3)}, ValueError, "paths in the model, got 'middle'; there are '', '0'"),
+        ({"0": 3}, TypeError, "compare expects as reference at '0' .*, got 3"),
+        (
+            [Activation_ReLU(), Returns(lambda x: x @ np.ones((7, 2)))],
+            ValueError,
+            r"the reference number 1, Returns, cannot compute from an array of shape \(5, .\)",
+        ),
+    ],
+)
+def test_what_is_no_reference(reference, error, words):
+    model = nn.Sequential(Dense(2, 3), Softmax())
+    with pytest.raises(error, match=words):
+        compare(model, torch.randn(5, 2), reference=reference)
