@@ -1,16 +1,9 @@
 """Chapter 4 of "Neural Networks from Scratch" as PyTorch modules, proven equal to NumPy."""
 
 from torchnnfs import book
+from torchnnfs.classes import from_torch, to_torch
 from torchnnfs.fused import fuse
-from torchnnfs.modules import (
-    Dense,
-    LazyDense,
-    ReLU,
-    Softmax,
-    classifier,
-    from_torch,
-    to_torch,
-)
+from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax, classifier
 from torchnnfs.spiral import spiral
 from torchnnfs.streams import book_numpy
 from torchnnfs.testing import compare

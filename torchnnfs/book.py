@@ -37,8 +37,9 @@ from torchnnfs import arithmetic, objects
 from torchnnfs.arithmetic import exp as exp
 from torchnnfs.arithmetic import is_quick
 from torchnnfs.checks import check_numbers, check_real
+from torchnnfs.classes import with_classes
 from torchnnfs.kept import Inputs, Keeps, as_tensor
-from torchnnfs.modules import Dense, ReLU, Softmax, with_classes
+from torchnnfs.modules import Dense, ReLU, Softmax
 from torchnnfs.streams import Generator
 
 _REGULARIZERS = [

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -436,65 +435,3 @@ def classifier(
         layers += [Dense(n_inputs, n_neurons, bias, device, dtype, generator=generator), ReLU()]
     layers[-1] = Softmax()
     return nn.Sequential(*layers)
-
-
-_TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {
-    Dense: nn.Linear,
-    ReLU: nn.ReLU,
-    Softmax: nn.Softmax,
-}
-_FROM_TORCH = {theirs: ours for ours, theirs in _TO_TORCH.items()}
-
-
-def to_torch(model: nn.Module) -> nn.Module:
-    """A copy of `model` with torch's own layers in the place of `Dense`, `ReLU` and `Softmax`.
-
-    Parameters have the same values, and outputs the same bits; hooks and everything else stay. For
-    tools that ask for exactly these types and pass over a subclass without a word, such as
-    `torch.ao.quantization.quantize_dynamic`.
-
-    Only layers of exactly our types are replaced. A subclass may compute something else; so stay
-    parametrized layers, and a `LazyDense` before its first call.
-
-    Args:
-        model: any module, also a single layer; it is left as it is.
-
-    Example:
-        >>> to_torch(classifier(2, 3))
-        Sequential(
-          (0): Linear(in_features=2, out_features=3, bias=True)
-          (1): Softmax(dim=-1)
-        )
-    """
-    return with_classes(model, _TO_TORCH)
-
-
-def from_torch(model: nn.Module) -> nn.Module:
-    """A copy of `model` with `Dense`, `ReLU` and `Softmax` in the place of torch's own layers.
-
-    The way back from `to_torch`: parameters have the same values, nothing is drawn. Only layers of
-    exactly the types `nn.Linear`, `nn.ReLU` and `nn.Softmax` are replaced.
-
-    Args:
-        model: any module, also a single layer; it is left as it is.
-
-    Example:
-        >>> from_torch(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
-        Sequential(
-          (0): Dense(in_features=2, out_features=3, bias=True)
-          (1): ReLU()
-        )
-    """
-    return with_classes(model, _FROM_TORCH)
-
-
-def with_classes(model: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
-    """A copy of `model` in which layers of exactly these types have the class `kinds` gives.
-
-    Both classes must have the same attributes: these, parameters and hooks among them, stay.
-    """
-    model = copy.deepcopy(model)
-    for layer in model.modules():
-        if type(layer) in kinds:
-            layer.__class__ = kinds[type(layer)]
-    return model

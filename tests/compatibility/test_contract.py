@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from torchnnfs import Dense, ReLU, Softmax, classifier
-from torchnnfs.modules import LazyDense, from_torch, to_torch
+from torchnnfs.classes import from_torch, to_torch
+from torchnnfs.modules import LazyDense
 
 SHAPES = [(2,), (5, 2), (0, 2), (4, 5, 2), (3, 0, 2), (2, 3, 4, 2)]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchnnfs.modules import to_torch
+from torchnnfs.classes import to_torch
 from torchnnfs.testing.precision import PRECISIONS
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchnnfs import classifier, spiral
-from torchnnfs.modules import to_torch
+from torchnnfs.classes import to_torch
 
 
 def logits(model, input, target):

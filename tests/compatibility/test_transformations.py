@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, hessian, jacrev, stack_module_stat
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from torchnnfs import Dense, ReLU, Softmax
-from torchnnfs.modules import to_torch
+from torchnnfs.classes import to_torch
 from torchnnfs.testing.models import arguments_of, layer_of
 from torchnnfs.testing.precision import PRECISIONS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import textwrap
 import warnings
@@ -95,9 +96,16 @@ def panels(outcome: Outcome) -> dict[str, float]:
 
 
 def kind_of(path: str) -> str:
-    """The kind of picture that a file's name asks for; a ValueError for others than these two."""
+    """The kind of picture that a file's name asks for.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+        ValueError: neither ``.png`` nor ``.svg``.
+    """
     if not path.lower().endswith((".png", ".svg")):
         raise ValueError(f"pictures are .png or .svg files, got {path!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("plots need matplotlib: pip install 'torchnnfs[plot]'")
     return path.lower()[-3:]
 
 

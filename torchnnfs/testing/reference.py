@@ -29,7 +29,7 @@ class Answer:
 
 
 class NoAnswerError(TypeError):
-    """A reference's forward neither returned anything nor set an output."""
+    """What a reference gave is no array of numbers."""
 
 
 #: From the arguments of a place to what somebody's code gives for them; in float64, or, where it
@@ -201,7 +201,7 @@ def answer(found: Any, where: str) -> Answer:
             precisions.append(PRECISIONS[kind])
             return wide
         if converted.dtype.kind not in "iub":
-            raise TypeError(
+            raise NoAnswerError(
                 f"compare expects the reference {where} to give arrays of numbers, got "
                 f"{type(value).__name__} of dtype {converted.dtype}"
             )
