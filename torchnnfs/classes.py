@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from torchnnfs.modules import Dense, ReLU, Softmax
+
 _TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {
     Dense: nn.Linear,
     ReLU: nn.ReLU,
