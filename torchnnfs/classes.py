@@ -31,6 +31,7 @@ def to_torch(model: nn.Module) -> nn.Module:
         model: any module, also a single layer; it is left as it is.
 
     Example:
+        >>> from torchnnfs import classifier
         >>> to_torch(classifier(2, 3))
         Sequential(
           (0): Linear(in_features=2, out_features=3, bias=True)

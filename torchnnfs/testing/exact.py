@@ -374,7 +374,7 @@ def known(
         random = np.random.RandomState(seed)
 
         def moved(value: Array, sizes: Array | float) -> Array:
-            return value + sizes * random.choice([-1.0, 1.0], value.shape)
+            return np.asarray(value + sizes * random.choice([-1.0, 1.0], value.shape))
 
         sizes = precision.unit * np.abs(x) + (0.0 if error is None else error)
         others = {
