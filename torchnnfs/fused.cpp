@@ -1,4 +1,4 @@
-// The forward pass of a chain of dense layers, a tile of samples at a time.
+// Forward and backward pass of a chain of dense layers, a tile of samples at a time.
 //
 // Compiled once for each network, which the compiler gets as
 //   WIDTHS   number of inputs, then of neurons of each layer: 2,3,3
@@ -9,12 +9,13 @@
 //
 // Inside a tile the data is planar: one row of registers holds one feature of many samples, so that
 // each instruction serves as many samples as a register has lanes. Nothing but input and output goes
-// through memory; the planes of a tile stay in the first level of the cache.
+// through memory; the planes of a tile stay in the first level of the cache. The backward pass
+// computes the intermediates of its tile again.
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
-#include <ATen/dlpack.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -47,6 +48,17 @@ constexpr int widest() {
     for (int width : WIDTH) most = width > most ? width : most;
     return most;
 }
+constexpr int plane(int layer) {  // the first plane of a layer's inputs, where all are kept
+    int count = 0;
+    for (int l = 0; l < layer; ++l) count += WIDTH[l];
+    return count;
+}
+constexpr int parameter(int layer) {  // the first weight of a layer; its biases follow its weights
+    int count = 0;
+    for (int l = 0; l < layer; ++l) count += WIDTH[l + 1] * (WIDTH[l] + 1);
+    return count;
+}
+constexpr int PARAMETERS = parameter(LAYERS);
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -66,16 +78,26 @@ INLINE void store(bfloat16& place, Real x) {  // to the nearest, ties to even; N
 }
 
 // y_j = b_j + sum_i w_ji x_i for COUNT neurons, all sums in registers; then ReLU, which keeps NaN.
-template <int IN, int COUNT, bool relu>
+// The weight w_ji is at weight[j * ROW + i * COLUMN].
+template <int IN, int COUNT, int ROW, int COLUMN, bool relu>
 INLINE void neurons(const Scalar* weight, const Scalar* bias, const Plane* x, Plane* y) {
     Vector sum[COUNT][STRIP];
     for (int j = 0; j < COUNT; ++j)
         for (int s = 0; s < STRIP; ++s) sum[j][s] = Vector{} + (bias ? load(bias[j]) : 0);
     for (int i = 0; i < IN; ++i)
         for (int j = 0; j < COUNT; ++j)
-            for (int s = 0; s < STRIP; ++s) sum[j][s] += load(weight[j * IN + i]) * x[i][s];
+            for (int s = 0; s < STRIP; ++s) sum[j][s] += load(weight[j * ROW + i * COLUMN]) * x[i][s];
     for (int j = 0; j < COUNT; ++j)
         for (int s = 0; s < STRIP; ++s) y[j][s] = relu ? (sum[j][s] < 0 ? Vector{} : sum[j][s]) : sum[j][s];
+}
+
+template <int IN, int OUT, int ROW, int COLUMN, bool relu>
+INLINE void dense(const Scalar* weight, const Scalar* bias, const Plane* x, Plane* y) {
+    constexpr int REST = OUT % BLOCK, WHOLE = OUT - REST;
+    for (int j = 0; j < WHOLE; j += BLOCK)
+        neurons<IN, BLOCK, ROW, COLUMN, relu>(weight + j * ROW, bias ? bias + j : bias, x, y + j);
+    if constexpr (REST > 0)
+        neurons<IN, REST, ROW, COLUMN, relu>(weight + WHOLE * ROW, bias ? bias + WHOLE : bias, x, y + WHOLE);
 }
 
 // The layers from number L on, each from one buffer to the other; where the last one's output is.
@@ -83,13 +105,9 @@ template <int L> INLINE Plane* layers(const Scalar* const* parameters, Plane* x,
     if constexpr (L == LAYERS) {
         return x;
     } else {
-        constexpr int IN = WIDTH[L], OUT = WIDTH[L + 1], REST = OUT % BLOCK, WHOLE = OUT - REST;
-        const Scalar *weight = parameters[0], *bias = parameters[1];
-        for (int j = 0; j < WHOLE; j += BLOCK)
-            neurons<IN, BLOCK, RELU[L]>(weight + j * IN, bias ? bias + j : bias, x, y + j);
-        if constexpr (REST > 0)
-            neurons<IN, REST, RELU[L]>(weight + WHOLE * IN, bias ? bias + WHOLE : bias, x, y + WHOLE);
-        return layers<L + 1>(parameters + 2, y, x);
+        constexpr int IN = WIDTH[L], OUT = WIDTH[L + 1];
+        dense<IN, OUT, IN, 1, RELU[L]>(parameters[2 * L], parameters[2 * L + 1], x, y);
+        return layers<L + 1>(parameters, y, x);
     }
 }
 
@@ -109,6 +127,17 @@ INLINE Vector exponential(Vector x) {
     return power * (Vector)((half + BIAS) << MANTISSA) * (Vector)((whole - half + BIAS) << MANTISSA);
 }
 
+// log(x) for x from 1 on: n log 2 + log m with x = 2^n m, and log m = 2 atanh(t), t = (m - 1) / (m + 1).
+INLINE Vector logarithm(Vector x) {
+    constexpr int TERMS = SINGLE ? 6 : 13, MANTISSA = SINGLE ? 23 : 52;
+    constexpr Whole ONE = (Whole)(SINGLE ? 127 : 1023) << MANTISSA, ROOT = SINGLE ? 0x3fb504f3 : 0x3ff6a09e667f3bcd;
+    Wholes bits = (Wholes)x, n = (bits - ROOT + ONE) >> MANTISSA;
+    n -= SINGLE ? 127 : 1023;
+    Vector m = (Vector)(bits - (n << MANTISSA)), t = (m - 1) / (m + 1), square = t * t, series{};
+    for (int k = TERMS - 1; k >= 0; --k) series = series * square + Real(2.0L / (2 * k + 1));
+    return __builtin_convertvector(n, Vector) * Real(0.693147180559945309417L) + t * series + (x - x);  // NaN stays
+}
+
 INLINE void softmax(Plane* y) {
     for (int s = 0; s < STRIP; ++s) {
         Vector top = y[0][s], sum{};
@@ -118,15 +147,108 @@ INLINE void softmax(Plane* y) {
     }
 }
 
-INLINE void tile(const Scalar* const* parameters, const Scalar* input, Scalar* output) {
-    Plane here[widest()], there[widest()];
+// COUNT features of `count` samples to planes, the rest of the tile filled up with zeros; and back.
+template <int COUNT> INLINE void spread(const Scalar* rows, Plane* planes, int count) {
     for (int s = 0; s < TILE; ++s)
-        for (int i = 0; i < INPUTS; ++i) ((Real*)here[i])[s] = load(input[s * INPUTS + i]);
+        for (int i = 0; i < COUNT; ++i) ((Real*)planes[i])[s] = s < count ? load(rows[s * COUNT + i]) : 0;
+}
+template <int COUNT> INLINE void gather(const Plane* planes, Scalar* rows, int count) {
+    for (int s = 0; s < count; ++s)
+        for (int j = 0; j < COUNT; ++j) store(rows[s * COUNT + j], ((const Real*)planes[j])[s]);
+}
+
+INLINE void tile(const Scalar* const* parameters, const Scalar* input, Scalar* output, int count) {
+    Plane here[widest()], there[widest()];
+    spread<INPUTS>(input, here, count);
     Plane* y = layers<0>(parameters, here, there);
     if (SOFTMAX) softmax(y);
-    for (int s = 0; s < TILE; ++s)
-        for (int j = 0; j < OUTPUTS; ++j) store(output[s * OUTPUTS + j], ((Real*)y[j])[s]);
+    gather<OUTPUTS>(y, output, count);
 }
+
+// What one thread needs for the backward pass: the inputs of all layers, two gradients of a layer's
+// output, and a sum for each parameter, in as many parts as a register has lanes.
+struct alignas(BYTES) Workspace {
+    Plane inputs[plane(LAYERS + 1)], here[widest()], there[widest()];
+    Vector sums[PARAMETERS];
+};
+
+template <int L> INLINE void ahead(const Scalar* const* parameters, Plane* inputs) {
+    constexpr int IN = WIDTH[L], OUT = WIDTH[L + 1];
+    dense<IN, OUT, IN, 1, RELU[L]>(parameters[2 * L], parameters[2 * L + 1], inputs + plane(L), inputs + plane(L + 1));
+    if constexpr (L + 1 < LAYERS) ahead<L + 1>(parameters, inputs);
+}
+
+// The filling of a tile must add nothing, not even 0 times infinity.
+INLINE void clear(Plane* planes, int width, int count) {
+    for (int j = 0; j < width; ++j)
+        for (int s = count; s < TILE; ++s) ((Real*)planes[j])[s] = 0;
+}
+
+// The chain rule from layer L down: `grad` is that of its output; where that of the input is.
+template <int L>
+INLINE Plane* back(const Scalar* const* parameters, Workspace& work, Plane* grad, Plane* next, int count, bool all) {
+    constexpr int IN = WIDTH[L], OUT = WIDTH[L + 1];
+    Plane *x = work.inputs + plane(L), *y = work.inputs + plane(L + 1);
+    Vector *weights = work.sums + parameter(L), *biases = weights + OUT * IN;
+    if (count < TILE) clear(grad, OUT, count), clear(x, IN, count);
+    for (int j = 0; j < OUT; ++j) {
+        for (int s = 0; s < STRIP; ++s) {
+            if (RELU[L]) grad[j][s] = y[j][s] <= 0 ? Vector{} : grad[j][s];
+            biases[j] += grad[j][s];
+        }
+        for (int i = 0; i < IN; ++i)
+            for (int s = 0; s < STRIP; ++s) weights[j * IN + i] += grad[j][s] * x[i][s];
+    }
+    if (L > 0 || all) dense<OUT, IN, 1, IN, false>(parameters[2 * L], nullptr, grad, next);
+    if constexpr (L > 0)
+        return back<L - 1>(parameters, work, next, grad, count, all);
+    else
+        return next;
+}
+
+// The gradient of softmax's input, from that of its output.
+INLINE void softmax_back(const Plane* logits, Plane* grad, Plane* p) {
+    memcpy((void*)p, logits, OUTPUTS * sizeof(Plane));
+    softmax(p);
+    for (int s = 0; s < STRIP; ++s) {
+        Vector total{};
+        for (int j = 0; j < OUTPUTS; ++j) total += grad[j][s] * p[j][s];
+        for (int j = 0; j < OUTPUTS; ++j) grad[j][s] = p[j][s] * (grad[j][s] - total);
+    }
+}
+
+// The cross-entropy of `count` samples, all together, and its gradient times `scale`; `valid` tells
+// whether the targets are classes.
+INLINE double cross_entropy(const Plane* logits, const int64_t* target, int count, Real scale, Plane* grad, bool& valid) {
+    Wholes classes[STRIP];
+    Plane loss;
+    for (int s = 0; s < TILE; ++s) {
+        if (s < count) valid = valid && uint64_t(target[s]) < OUTPUTS;
+        ((Whole*)classes)[s] = s < count ? target[s] : 0;
+    }
+    for (int s = 0; s < STRIP; ++s) {
+        Vector top = logits[0][s], sum{}, own{};
+        for (int j = 1; j < OUTPUTS; ++j) top = logits[j][s] > top ? logits[j][s] : top;
+        for (int j = 0; j < OUTPUTS; ++j) sum += grad[j][s] = exponential(logits[j][s] - top);
+        for (int j = 0; j < OUTPUTS; ++j) {
+            own = classes[s] == j ? logits[j][s] : own;
+            grad[j][s] = (grad[j][s] / sum - (classes[s] == j ? Vector{} + 1 : Vector{})) * scale;
+        }
+        loss[s] = logarithm(sum) + (top - own);
+    }
+    double total = 0;
+    for (int s = 0; s < count; ++s) total += ((Real*)loss)[s];
+    return total;
+}
+
+// Products a sample; an exponential is like 16.
+constexpr int64_t cost() {
+    int64_t total = SOFTMAX * 16 * OUTPUTS;
+    for (int l = 0; l < LAYERS; ++l) total += int64_t(WIDTH[l]) * WIDTH[l + 1];
+    return total;
+}
+// Little work is not worth waking another thread for.
+static int threads_for(int64_t products, int threads) { return products < 1 << 18 ? 1 : threads; }
 
 static void compute(const Scalar* const* parameters, const Scalar* input, Scalar* output,
                     int64_t samples, int threads) {
@@ -136,126 +258,92 @@ static void compute(const Scalar* const* parameters, const Scalar* input, Scalar
                     start = (uintptr_t(output) + page - 1) & -page;
     if (start < end) madvise((void*)start, end - start, MADV_HUGEPAGE);
 #endif
-    const int64_t tiles = samples / TILE, rest = samples % TILE;
+    const int64_t whole = samples / TILE * TILE;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < tiles; ++t)
-        tile(parameters, input + t * TILE * INPUTS, output + t * TILE * OUTPUTS);
-    if (rest) {  // a tile of its own, filled up with zeros
-        Scalar in[TILE * INPUTS] = {}, out[TILE * OUTPUTS];
-        memcpy(in, input + tiles * TILE * INPUTS, rest * INPUTS * sizeof(Scalar));
-        tile(parameters, in, out);
-        memcpy(output + tiles * TILE * OUTPUTS, out, rest * OUTPUTS * sizeof(Scalar));
-    }
+    for (int64_t n = 0; n < whole; n += TILE) tile(parameters, input + n * INPUTS, output + n * OUTPUTS, TILE);
+    if (whole < samples) tile(parameters, input + whole * INPUTS, output + whole * OUTPUTS, samples - whole);
 }
 
-// The rest makes a Python function of it. Tensors are looked at through the table of functions that
-// torch offers for it (DLPack's exchange API), and no header of Python's need be installed.
+enum Outcome { DONE, DECLINED };
 
-using Object = void;
-struct Method { const char* name; void* function; int flags; const char* doc; };
-extern "C" {
-Object* PyCFunction_NewEx(Method*, Object*, Object*);
-Object* PyDict_GetItem(Object*, Object*);
-Object* PyTuple_GetItem(Object*, intptr_t);
-Object* PyUnicode_InternFromString(const char*);
-Object* PyObject_Type(Object*);
-Object* PyLong_FromLong(long);
-long PyLong_AsLong(Object*);
-void Py_IncRef(Object*);
-void Py_DecRef(Object*);
-void PyErr_Clear();
-Object* PyEval_SaveThread();
-void PyEval_RestoreThread(Object*);
-}
-
-static const DLPackExchangeAPI* api;
-static Object *tensor_type, *parameter_type, *none, *names[2];
-
-static int64_t size(const DLTensor& tensor) {
-    int64_t count = 1;
-    for (int d = 0; d < tensor.ndim; ++d) count *= tensor.shape[d];
-    return count;
-}
-
-// What a tensor is, if it is a plain one on the CPU and of our type; no subclass, no wrapper.
-static bool look(Object* object, DLTensor& tensor) {
-    Object* type = PyObject_Type(object);
-    Py_DecRef(type);  // the object keeps it
-    if (type != tensor_type && type != parameter_type) return false;
-    if (api->dltensor_from_py_object_no_sync(object, &tensor)) return PyErr_Clear(), false;
-    constexpr int code = std::is_same_v<Scalar, bfloat16> ? kDLBfloat : kDLFloat;
-    if (!tensor.data && size(tensor)) return false;  // its memory was given back
-    return tensor.device.device_type == kDLCPU && tensor.dtype.code == code &&
-           tensor.dtype.bits == 8 * sizeof(Scalar) && tensor.dtype.lanes == 1;
-}
-
-static Scalar* data(const DLTensor& tensor) { return (Scalar*)((char*)tensor.data + tensor.byte_offset); }
-
-static bool contiguous(const DLTensor& tensor) {
-    int64_t stride = 1;
-    for (int d = tensor.ndim; d-- > 0; stride *= tensor.shape[d])
-        if (tensor.shape[d] != 1 && tensor.strides[d] != stride) return false;
-    return true;
-}
-
-enum Outcome { DONE, DECLINED, STRIDED, CHANGED };
-
-// forward(input, output, threads, parameters), the last a tuple of the layers' `_parameters`: DONE;
-// DECLINED, if the layers must do it; STRIDED, if input must be made contiguous; CHANGED, if
-// the parameters are others than this was compiled for.
-static Outcome forward(Object* const* arguments) {
-    int64_t cost = SOFTMAX * 16 * OUTPUTS;  // products a sample; an exponential is like 16
-    const Scalar* parameters[2 * LAYERS];
-    Object* owners[2 * LAYERS];
-    for (int layer = 0; layer < LAYERS; ++layer) {
-        Object* held = PyTuple_GetItem(arguments[3], layer);
-        Object *weight = PyDict_GetItem(held, names[0]), *bias = PyDict_GetItem(held, names[1]);
-        DLTensor w, b;
-        if (!weight || !look(weight, w) || w.ndim != 2 || !contiguous(w)) return CHANGED;
-        if (w.shape[0] != WIDTH[layer + 1] || w.shape[1] != WIDTH[layer]) return CHANGED;
-        if ((bias != none) != BIAS[layer]) return CHANGED;
-        if (BIAS[layer] && (!bias || !look(bias, b) || b.ndim != 1 || !contiguous(b))) return CHANGED;
-        if (BIAS[layer] && b.shape[0] != WIDTH[layer + 1]) return CHANGED;
-        parameters[2 * layer] = data(w), parameters[2 * layer + 1] = BIAS[layer] ? data(b) : nullptr;
-        owners[2 * layer] = weight, owners[2 * layer + 1] = bias;
-        cost += int64_t(WIDTH[layer]) * WIDTH[layer + 1];
-    }
-    DLTensor input, output;
-    if (!look(arguments[0], input) || !look(arguments[1], output)) return DECLINED;
-    if (!input.ndim || input.ndim != output.ndim || !contiguous(output)) return DECLINED;
-    for (int d = 0; d < input.ndim - 1; ++d)
-        if (input.shape[d] != output.shape[d]) return DECLINED;
-    if (input.shape[input.ndim - 1] != INPUTS || output.shape[input.ndim - 1] != OUTPUTS) return DECLINED;
-    if (!contiguous(input)) return STRIDED;
-    const Scalar *x = data(input), *x_end = x + size(input);
-    Scalar *y = data(output), *y_end = y + size(output);
-    if (x < y_end && y < x_end) return DECLINED;  // they overlap
-    for (int p = 0; p < 2 * LAYERS; ++p) {  // so do output and a parameter
+// The functions get their arguments as one list of numbers and addresses; 0 is for what there is not.
+// a = samples, threads, input, output, then weight and bias of each layer.
+extern "C" int forward(const int64_t* a) {
+    const auto* parameters = (const Scalar* const*)(a + 4);
+    const auto *x = (const Scalar*)a[2], *x_end = x + a[0] * INPUTS;
+    auto *y = (Scalar*)a[3], *y_end = y + a[0] * OUTPUTS;
+    if (x < y_end && y < x_end) return DECLINED;
+    for (int p = 0; p < 2 * LAYERS; ++p) {
         const int64_t count = int64_t(WIDTH[p / 2 + 1]) * (p % 2 ? 1 : WIDTH[p / 2]);
         if (parameters[p] && parameters[p] < y_end && y < parameters[p] + count) return DECLINED;
     }
-    const int64_t samples = (x_end - x) / INPUTS;
-    if (samples * cost < 1 << 18) {  // too little to wake another thread for
-        compute(parameters, x, y, samples, 1);
-    } else {
-        for (Object* each : owners) Py_IncRef(each);  // others may replace them meanwhile
-        const int threads = PyLong_AsLong(arguments[2]);
-        Object* state = PyEval_SaveThread();
-        compute(parameters, x, y, samples, threads);
-        PyEval_RestoreThread(state);
-        for (Object* each : owners) Py_DecRef(each);
-    }
+    compute(parameters, x, y, a[0], threads_for(a[0] * cost(), a[1]));
     return DONE;
 }
 
-static Object* call(Object*, Object* const* arguments, intptr_t count) {
-    return PyLong_FromLong(count == 4 ? forward(arguments) : DECLINED);
-}
+// Sums over samples are made in CHUNKS parts, whatever the number of threads, and these are added in
+// their order, so that the same input always gives the same result.
+constexpr int64_t CHUNK = 512, CHUNKS = 64;
 
-extern "C" Object* load(const DLPackExchangeAPI* exchange, Object* tensor, Object* parameter,
-                        Object* nothing) {
-    api = exchange, tensor_type = tensor, parameter_type = parameter, none = nothing;
-    names[0] = PyUnicode_InternFromString("weight"), names[1] = PyUnicode_InternFromString("bias");
-    static Method method = {"forward", (void*)call, 0x80 /* METH_FASTCALL */, nullptr};
-    return PyCFunction_NewEx(&method, nullptr, nullptr);
+// a = samples, threads, input, gradient of the output, target, gradient of the input, loss, then
+// weight and bias of each layer, then their gradients. With a target, the loss is what is derived.
+extern "C" int gradients(const int64_t* a) {
+    const int64_t samples = a[0], tiles = (samples + TILE - 1) / TILE, most = samples / CHUNK;
+    const int64_t chunks = most < 1 ? 1 : most > CHUNKS ? CHUNKS : most;
+    const auto* input = (const Scalar*)a[2];
+    const auto* grad_output = (const Scalar*)a[3];
+    const auto* target = (const int64_t*)a[4];
+    auto* grad_input = (Scalar*)a[5];
+    auto* parameters = (const Scalar* const*)(a + 7);
+    auto* wanted = (Scalar* const*)(a + 7 + 2 * LAYERS);
+    bool backward = grad_input;
+    for (int p = 0; p < 2 * LAYERS; ++p) backward = backward || wanted[p];
+    const Real scale = Real(1) / samples;
+    const int threads = threads_for(3 * samples * cost(), a[1]);
+    auto* sums = (Real*)malloc(chunks * PARAMETERS * sizeof(Real));
+    double losses[CHUNKS] = {};
+    bool valid = true, memory = sums;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : valid, memory)
+    {
+        auto* work = (Workspace*)aligned_alloc(BYTES, sizeof(Workspace));
+        memory = sums && work;
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < chunks; ++c) {
+            if (!memory) continue;
+            memset((void*)work->sums, 0, sizeof(work->sums));
+            for (int64_t n = tiles * c / chunks * TILE; n < tiles * (c + 1) / chunks * TILE; n += TILE) {
+                const int count = samples - n < TILE ? samples - n : TILE;
+                const Plane* logits = work->inputs + plane(LAYERS);
+                spread<INPUTS>(input + n * INPUTS, work->inputs, count);
+                ahead<0>(parameters, work->inputs);
+                if (target) {
+                    losses[c] += cross_entropy(logits, target + n, count, scale, work->here, valid);
+                    if (!backward) continue;
+                } else {
+                    spread<OUTPUTS>(grad_output + n * OUTPUTS, work->here, count);
+                    if (SOFTMAX) softmax_back(logits, work->here, work->there);
+                }
+                Plane* g = back<LAYERS - 1>(parameters, *work, work->here, work->there, count, grad_input);
+                if (grad_input) gather<INPUTS>(g, grad_input + n * INPUTS, count);
+            }
+            for (int p = 0; p < PARAMETERS; ++p) {
+                Real total = 0;
+                for (Real part : (Real(&)[BYTES / sizeof(Real)])work->sums[p]) total += part;
+                sums[c * PARAMETERS + p] = total;
+            }
+        }
+        free(work);
+    }
+    double loss = 0;
+    for (double each : losses) loss += each;
+    if (target) store(*(Scalar*)a[6], loss / samples);
+    for (int l = 0, p = 0; backward && memory && l < LAYERS; ++l)
+        for (int kind = 0; kind < 2; ++kind)
+            for (int k = 0; k < WIDTH[l + 1] * (kind ? 1 : WIDTH[l]); ++k, ++p) {
+                double total = 0;
+                for (int64_t c = 0; c < chunks; ++c) total += sums[c * PARAMETERS + p];
+                if (wanted[2 * l + kind]) store(wanted[2 * l + kind][k], total);
+            }
+    free(sums);
+    return memory && valid ? DONE : DECLINED;
 }

@@ -1,36 +1,33 @@
-"""`fuse`: a chain of Dense, ReLU and Softmax as one pass over the data."""
+"""`fuse`: a chain of Dense, ReLU and Softmax as one pass over the data, forward and backward."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import itertools
+import math
 import os
 import shlex
-import shutil
+import signal
+import struct
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.resources import files
+from importlib.resources import as_file, files
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, get_num_threads, is_grad_enabled, nn
-from torch._C import (
-    _get_tracing_state,
-    _is_any_autocast_enabled,
-    _is_torch_function_mode_enabled,
-    _len_torch_dispatch_stack,
-)
+from torch import Tensor, get_num_threads, is_autocast_enabled, is_grad_enabled, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 from torch.nn import functional as F
-from torch.nn.modules import module as module_hooks
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules import module as hooks
+from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
 
@@ -41,15 +38,15 @@ _TYPES = {
     torch.bfloat16: ("bfloat16", "float"),
     torch.float16: ("_Float16", "float"),
 }
-# Where one way becomes faster than another, measured on two cores with AVX-512 (docs/speed.md).
+#: How long the C++ compiler may take.
+COMPILE_SECONDS = 60.0
+# Where one way becomes faster than another, measured (docs/speed.md).
 _WIDEST = 256  # what wider layers need of a tile leaves the cache, and eager torch is faster
 _TILE, _HEAVY = 64, 2**15  # a part of a tile costs as much as a tile: so many products are too many
 _COMPILED = 8000  # on a CPU, with fewer samples a call of what torch.compile made costs too much
-_UNROLLED = 16  # up to this width each feature is a tensor of its own for torch.compile
 
-# What a kernel says, in fused.cpp: done; for the layers to do; input is not contiguous; parameters
-# are others than those it was compiled for.
-DONE, DECLINED, STRIDED, CHANGED = range(4)
+#: What was given up: C++ compilers, and chains that torch.compile failed at; and why.
+_broken: dict[str | Chain, str] = {}
 
 
 class Chain(NamedTuple):
@@ -61,119 +58,129 @@ class Chain(NamedTuple):
     softmax: bool
 
 
+class _Call(NamedTuple):
+    """What a kernel reads, in memory that this holds: weight and bias of each layer in `values`."""
+
+    x: Tensor
+    values: list[Tensor | None]
+    addresses: list[int]
+
+
+class Kernel:
+    """The functions of fused.cpp, compiled for one chain."""
+
+    def __init__(self, chain: Chain, library: ctypes.CDLL) -> None:
+        self.chain = chain
+        self._forward, self._gradients = library.forward, library.gradients
+        self._forward.argtypes = self._gradients.argtypes = [ctypes.c_char_p]
+        count = 2 * len(chain.biases)
+        self._pack = struct.Struct(f"{4 + count}q").pack
+        self._pack_all = struct.Struct(f"{7 + 2 * count}q").pack
+        products = sum(a * b for a, b in itertools.pairwise(chain.widths))
+        self.least = chain.widths[0] * (_TILE if products > _HEAVY else 1)
+
+    def forward(self, call: _Call, out: Tensor) -> bool:
+        """The chain's output; False, if `out` overlaps what is read, and nothing was done."""
+        samples = call.x.numel() // self.chain.widths[0]
+        places = (call.x.data_ptr(), out.data_ptr(), *call.addresses)
+        return not self._forward(self._pack(samples, get_num_threads(), *places))
+
+    def gradients(
+        self, call: _Call, grad: Tensor | None, target: Tensor | None, *wants: bool
+    ) -> tuple[Tensor, list[Tensor | None]] | None:
+        """The loss, and the gradients of input and parameters as far as one `wants` them.
+
+        They are those for the gradient `grad` of the output, or those of the cross-entropy of a
+        `target`; None if that has other numbers than those of classes.
+        """
+        tensors = [call.x, *call.values]
+        pairs = zip(tensors, wants, strict=True)
+        found = [t.new_empty(t.shape) if want and t is not None else None for t, want in pairs]
+        loss = call.x.new_empty(())
+        samples, places = call.x.numel() // self.chain.widths[0], _places(found)
+        ends = (*_places([call.x, grad, target]), places[0], loss.data_ptr())
+        arguments = (samples, get_num_threads(), *ends, *call.addresses, *places[1:])
+        return None if self._gradients(self._pack_all(*arguments)) else (loss, found)
+
+
+def _places(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if each is None else each.data_ptr() for each in tensors]
+
+
 @functools.cache
 def _warn(text: str) -> None:
     warnings.warn(f"fuse: {text}", RuntimeWarning, stacklevel=2)
 
 
 @functools.cache
-def _compiler() -> tuple[list[str], bytes]:
-    """The C++ compiler's command for this machine, and what tells it from others."""
-    command = shlex.split(os.environ.get("CXX", "c++"))
-    command += ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
-    command += ["-fopenmp", "-fPIC", "-shared", "-x", "c++"]
-    command += ["-I", str(Path(torch.__file__).parent / "include")]
-    macros = subprocess.run(
-        [*command, "-E", "-dM", os.devnull], capture_output=True, check=True, timeout=60
-    )
-    return command, macros.stdout
-
-
-def _directory() -> Path:
-    """Where compiled kernels are kept; a directory of this process alone if that cannot be."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(cache, "torchnnfs")
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(path, os.W_OK):
-            return path
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="torchnnfs-"))
-
-
-@functools.cache
-def kernel(chain: Chain, dtype: torch.dtype) -> Callable[..., int] | str:
-    """The compiled ``forward`` of fused.cpp for a chain, or why there is none, after a warning."""
-    try:
-        path = _build(_definitions(chain, dtype))
+def kernel(chain: Chain, dtype: torch.dtype) -> Kernel | str:
+    """The kernel of a chain, or why there is none, after a warning."""
+    compiler = os.environ.get("CXX", "c++")
+    if compiler not in _broken:
         try:
-            library = ctypes.PyDLL(str(path))
-        except OSError:  # a damaged file
-            path.unlink()
-            library = ctypes.PyDLL(str(_build(_definitions(chain, dtype))))
-        exchange = torch.Tensor.__dlpack_c_exchange_api__
-    except FileNotFoundError as error:
-        _warn(f"no C++ compiler ({error}); eager torch is used. Install one, or name it in CXX")
-        return str(error)
-    except (AttributeError, OSError, ValueError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").splitlines()
-        reason = next((line for line in said if "error" in line), str(error))
-        _warn(
-            f"no C++ kernel ({reason}); torch.compile is used from {_COMPILED} samples on, and "
-            "eager torch below and where that fails"
-        )
-        return reason
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.argtypes, pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
-    library.load.argtypes = [ctypes.c_void_p] + [ctypes.py_object] * 3
-    library.load.restype = ctypes.py_object
-    api = pointer(exchange, b"dlpack_exchange_api")
-    forward: Callable[..., int] = library.load(api, Tensor, nn.Parameter, None)
-    return forward
+            return _compile(chain, dtype, compiler)
+        except subprocess.TimeoutExpired:
+            _broken[compiler] = f"{compiler!r} took longer than {COMPILE_SECONDS:g} seconds"
+        except FileNotFoundError:
+            _broken[compiler] = f"there is no C++ compiler {compiler!r}"
+        except (OSError, ValueError) as error:
+            _warn(f"{error}; torch.compile or eager torch takes the kernel's place")
+            return str(error)
+    _warn(f"{_broken[compiler]}; eager torch is used. The variable CXX names a C++ compiler")
+    return _broken[compiler]
 
 
-def _definitions(chain: Chain, dtype: torch.dtype) -> list[str]:
-    """What fused.cpp is told of the chain."""
+def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> Kernel:
     scalar, real = _TYPES[dtype]
     lists = {"WIDTHS": chain.widths, "BIASES": chain.biases, "RELUS": chain.relus}
     told = {name: ",".join(str(int(each)) for each in values) for name, values in lists.items()}
     told |= {"SOFTMAX": str(int(chain.softmax)), "SCALAR": scalar, "REAL": real}
-    return [f"-D{name}={value}" for name, value in told.items()]
+    command = shlex.split(compiler) or [""]
+    command += ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
+    command += ["-fopenmp", "-fPIC", "-shared", *(f"-D{name}={told[name]}" for name in told)]
+    source = files("torchnnfs").joinpath("fused.cpp")
+    with tempfile.TemporaryDirectory(prefix="torchnnfs-") as scratch, as_file(source) as path:
+        made, errors = Path(scratch, "kernel.so"), Path(scratch, "errors")
+        # A file instead of a pipe, and a group of its own: when the time is up, nothing is left
+        # running or waited for. A library that is loaded needs its file no longer.
+        with errors.open("wb") as said:
+            process = subprocess.Popen(
+                [*command, str(path), "-o", str(made)],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+            try:
+                failed = process.wait(COMPILE_SECONDS)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
+        if failed:
+            lines = errors.read_text(errors="replace").splitlines()
+            why = next((line for line in lines if "error" in line), f"exit status {failed}")
+            raise ValueError(f"the C++ compiler failed ({why})")
+        try:
+            return Kernel(chain, ctypes.CDLL(str(made)))
+        except (OSError, AttributeError) as error:
+            raise ValueError(f"{compiler!r} made no library with a kernel in it") from error
 
 
-def _build(definitions: list[str]) -> Path:
-    """The library of fused.cpp with these definitions, compiled unless it was before."""
-    source = files("torchnnfs").joinpath("fused.cpp").read_bytes()
-    command, macros = _compiler()
-    command = [*command, *definitions]
-    told = map(str.encode, [torch.__version__, *command])
-    key = hashlib.sha256(b"\0".join([source, macros, *told])).hexdigest()
-    library = _directory() / f"{key[:32]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            made = Path(scratch, "kernel.so")
-            command += ["-", "-o", str(made)]
-            subprocess.run(command, input=source, capture_output=True, check=True, timeout=600)
-            with made.open("rb") as file:
-                os.fsync(file.fileno())
-            made.replace(library)  # whole or not at all, also when others make it at the same time
-    return library
-
-
-def _pairs(
-    parameters: Sequence[Tensor], biases: Sequence[bool]
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of each layer, from one list of all there are."""
+def _formula(input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Tensor:
+    """What the layers compute; of `options`, see `chain`."""
+    biases, relus, softmax = options
     rest = iter(parameters)
-    return [(next(rest), next(rest) if bias else None) for bias in biases]
+    for bias, relu in zip(biases, relus, strict=True):
+        input = F.linear(input, next(rest), next(rest) if bias else None)
+        input = input.relu() if relu else input
+    return input.softmax(-1) if softmax else input
 
 
-def _formula(
-    input: Tensor,
-    parameters: Sequence[Tensor],
-    biases: Sequence[bool],
-    relus: Sequence[bool],
-    softmax: bool,
-) -> list[Tensor]:
-    """What goes into each layer, and last what comes out of the chain."""
-    values = [input]
-    for (weight, bias), relu in zip(_pairs(parameters, biases), relus, strict=True):
-        value = F.linear(values[-1], weight, bias)
-        values.append(value.relu() if relu else value)
-    if softmax:
-        values[-1] = values[-1].softmax(-1)
-    return values
+def _vjp(grad: Tensor, formula: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of a formula by torch, which can be derived once more."""
+    found: tuple[Tensor, ...] = torch.func.vjp(formula, *tensors)[1](grad)
+    return found
 
 
 @torch.library.custom_op("torchnnfs::chain", mutates_args=())
@@ -184,22 +191,24 @@ def chain(
     relus: Sequence[bool],
     softmax: bool,
 ) -> Tensor:
-    """The chain as one operation of torch's, which compile, export and autograd see."""
-    if input.device.type == "cpu" and input.dtype in _TYPES:
-        pairs = _pairs([each.contiguous() for each in parameters], biases)
-        widths = (pairs[0][0].shape[1], *(weight.shape[0] for weight, _ in pairs))
-        function = kernel(Chain(widths, tuple(biases), tuple(relus), softmax), input.dtype)
-        if callable(function):
-            held = tuple({"weight": weight, "bias": bias} for weight, bias in pairs)
+    """The chain as one operation of torch's, which compile, export, autograd and vmap see."""
+    if input.device.type == "cpu" and input.dtype in _TYPES and input.numel():
+        rest = iter([each.contiguous() for each in parameters])
+        values = [next(rest) if there else None for bias in biases for there in (True, bias)]
+        weights = [each for each in values[::2] if each is not None]
+        widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
+        found = kernel(Chain(widths, tuple(biases), tuple(relus), softmax), input.dtype)
+        if isinstance(found, Kernel):
             out = input.new_empty(*input.shape[:-1], widths[-1])
-            if function(input.contiguous(), out, get_num_threads(), held) == DONE:
-                return out
-    return _formula(input, parameters, biases, relus, softmax)[-1]
+            found.forward(_Call(input.contiguous(), values, _places(values)), out)
+            return out
+    return _formula(input, parameters, biases, relus, softmax)
 
 
 @chain.register_fake
 def _(input: Tensor, parameters: Sequence[Tensor], biases: Sequence[bool], *_: Any) -> Tensor:
-    return input.new_empty(*input.shape[:-1], _pairs(parameters, biases)[-1][0].shape[0])
+    last = parameters[-2 if biases[-1] else -1]
+    return input.new_empty(*input.shape[:-1], last.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -208,267 +217,91 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The chain rule, on intermediates computed again instead of kept."""
-    input, *parameters = ctx.saved_tensors
-    biases, relus, softmax = ctx.options
-    *values, output = _formula(input, parameters, *ctx.options)
-    if softmax:
-        weighted = grad * output
-        grad = weighted - output * weighted.sum(-1, keepdim=True)
-    grads: list[Tensor] = []
-    layers = list(zip(values, _pairs(parameters, biases), relus, strict=True))
-    for x, (weight, bias), relu in reversed(layers):
-        if relu:
-            grad = grad.masked_fill(output <= 0, 0)
-        rows = grad.reshape(-1, grad.shape[-1])
-        if bias is not None:
-            grads.append(rows.sum(0))
-        grads.append(rows.T @ x.reshape(-1, x.shape[-1]))
-        grad, output = grad @ weight, x
-    return grad, grads[::-1], None, None, None
+    first, *rest = _vjp(grad, lambda x, *p: _formula(x, p, *ctx.options), *ctx.saved_tensors)
+    return first, rest, None, None, None
 
 
 chain.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _flatten(module: nn.Module | None) -> list[nn.Module]:
-    """The layers of a Sequential in the order of their calls; others as they are."""
-    if isinstance(module, nn.Sequential) and type(module) in (nn.Sequential, Fused):
-        return [layer for child in module._modules.values() for layer in _flatten(child)]
-    return [] if module is None else [module]
+@chain.register_vmap
+def _(info: Any, dims: Any, input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Any:
+    if all(dim is None for dim in dims[1]):  # samples in one dimension more
+        return chain(input.movedim(dims[0], 0), parameters, *options), 0
+    each = torch.vmap(lambda x, p: _formula(x, p, *options), tuple(dims[:2]))
+    return each(input, parameters), 0
 
 
-_HOOKED, _LAZY = "a layer has hooks", "a LazyDense had no input yet"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_KNOWN = (Dense, LazyDense, ReLU, Softmax, nn.Linear, nn.ReLU, nn.Softmax)
+class _Derived(torch.autograd.Function):
+    """What a kernel gave, with its derivative: again the kernel's, and of that torch's.
 
+    With a `target`, the kernel gave a loss and its gradients.
+    """
 
-class _Network(NamedTuple):
-    """A chain that the kernel can compute, and the modules that hold its parameters."""
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, *saved: Any) -> Tensor:
+        ctx.kernel, ctx.call, ctx.target, ctx.gradients, *tensors = saved
+        ctx.save_for_backward(*tensors)
+        return result
 
-    chain: Chain
-    dense: list[nn.Linear]
-    softmax: nn.Softmax | None
-
-    def parameters(self) -> list[Tensor]:
-        """Weights and biases in order, as far as there are any."""
-        pairs = [(each.weight, each.bias) for each in self.dense]
-        return [each for pair in pairs for each in pair if each is not None]
-
-
-def _is_hooked(layer: nn.Module) -> bool:
-    """Whether a call of `layer` is more than its class says."""
-    here = vars(layer)
-    return any(here[hooks] for hooks in _HOOKS) or "forward" in here
-
-
-def _network(layers: list[nn.Module]) -> _Network | str:
-    """What `layers` compute, or why a kernel cannot."""
-    dense: list[nn.Linear] = []
-    relus: list[bool] = []
-    softmax = None
-    for layer in layers:
-        if type(layer) not in _KNOWN:
-            return f"it has a {type(layer).__name__}"
-        if type(layer) is LazyDense:  # after its first input it is a Dense
-            return _LAZY
-        if _is_hooked(layer):
-            return _HOOKED
-        if softmax is not None or not (dense or isinstance(layer, nn.Linear)):
-            return f"{type(layer).__name__} breaks the order Dense, ReLU, ..., Softmax"
-        if isinstance(layer, nn.Linear):
-            dense.append(layer)
-            relus.append(False)
-        elif isinstance(layer, nn.Softmax):
-            softmax = layer
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        tensors, target = ctx.saved_tensors, ctx.target
+        if is_grad_enabled() or type(grad) is not Tensor or not _address(grad):
+            _, *options, softmax = ctx.kernel.chain
+            options.append(softmax and target is None)
+            there = [each for each in tensors if each is not None]
+            rest = iter(_vjp(grad, lambda x, *p: _mean(_formula(x, p, *options), target), *there))
+            found = [None if each is None else next(rest) for each in tensors]
+        elif target is not None:
+            found = [None if each is None else each * grad for each in ctx.gradients]
         else:
-            relus[-1] = True
-    if not dense:
-        return "it has no layers"
-    widths = (dense[0].weight.shape[1], *(each.weight.shape[0] for each in dense))
-    if any(each.weight.shape[1:] != (width,) for each, width in zip(dense, widths, strict=False)):
-        return "the widths of its layers do not fit"
-    biases = tuple(each.bias is not None for each in dense)
-    return _Network(Chain(widths, biases, tuple(relus), softmax is not None), dense, softmax)
+            grad, wants = grad.resolve_neg().contiguous(), ctx.needs_input_grad[5:]
+            _, found = ctx.kernel.gradients(ctx.call, grad, None, *wants)
+        return None, None, None, None, None, *found
 
 
-def _unrolled(
-    input: Tensor,
-    parameters: Sequence[Tensor],
-    biases: Sequence[bool],
-    relus: Sequence[bool],
-    softmax: bool,
+def _derive(
+    result: Tensor,
+    kernel: Kernel,
+    call: _Call,
+    target: Tensor | None,
+    gradients: list[Tensor | None] | None,
+    tensors: list[Tensor | None],
+    derived: bool,
 ) -> Tensor:
-    """The chain in elementwise operations alone, of which torch.compile makes a single kernel."""
-    dtype = input.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    x = list(input.to(wide).unbind(-1))
-    for (weight, bias), relu in zip(_pairs(parameters, biases), relus, strict=True):
-        rows = weight.to(wide).unbind()
-        terms = [[w * v for w, v in zip(row.unbind(), x, strict=True)] for row in rows]
-        if bias is not None:
-            terms = [[b, *row] for b, row in zip(bias.to(wide).unbind(), terms, strict=True)]
-        x = [functools.reduce(torch.add, row) for row in terms]
-        x = [v.relu() for v in x] if relu else x
-    if softmax:
-        top = functools.reduce(torch.maximum, x)
-        powers = [(v - top).exp() for v in x]
-        total = functools.reduce(torch.add, powers)
-        x = [power / total for power in powers]
-    return torch.stack(x, -1).to(dtype)
+    """`result`, with a derivative if that is needed."""
+    if derived:
+        result = _Derived.apply(result, kernel, call, target, gradients, *tensors)  # type: ignore[no-untyped-call]
+    return result
 
 
-@functools.cache
-def _compiled(chain: Chain) -> Callable[..., Tensor]:
-    """What torch.compile makes of the chain, for any number of samples."""
-
-    def whole(input: Tensor, parameters: list[Tensor]) -> Tensor:
-        if max(chain.widths) <= _UNROLLED:
-            return _unrolled(input, parameters, *chain[1:])
-        return _formula(input, parameters, *chain[1:])[-1]
-
-    compiled: Callable[..., Tensor] = torch.compile(whole, dynamic=True, fullgraph=True)
-    return compiled
+def _mean(output: Tensor, target: Tensor | None) -> Tensor:
+    """The mean cross-entropy, if there is a target."""
+    if target is None:
+        return output
+    return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
 
 
-#: Why torch.compile failed, for chains with which it did.
-_failures: dict[Chain, str] = {}
+def _address(tensor: Tensor) -> int:
+    """Where its numbers are; 0 for tensors of torch.func and others without memory."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
 
 
-class _Plan:
-    """How a model is computed as it stands, and what was read to find out."""
-
-    def __init__(self, model: nn.Sequential) -> None:
-        self.modules: list[tuple[dict[str, Any], list[Any]]] = []
-        self.hooked = any(getattr(module_hooks, f"_global{name}") for name in _HOOKS)
-        self._note(model)
-        self.handles = RemovableHandle.next_id
-        self.way, self.reason, self.is_stale = "eager", "", False
-        self.layers = _flatten(model)
-        self.kinds = [*map(type, self.layers)]
-        self.softmax: nn.Softmax | None = None
-        self.weights: list[tuple[dict[str, Any], Tensor]] = []
-        network = _HOOKED if self.hooked else _network(self.layers)
-        if isinstance(network, str):
-            self.reason = network
-            if network in (_HOOKED, _LAZY):
-                self.handles = -1  # hooks go, and lazy layers become others, without a notice
-        else:
-            self._read(network)
-
-    def _note(self, sequence: nn.Sequential) -> None:
-        children = [*sequence._modules.values()]
-        self.modules.append((sequence._modules, children))
-        for child in children:
-            if isinstance(child, nn.Sequential):
-                self._note(child)
-                self.hooked = self.hooked or _is_hooked(child)
-
-    def _read(self, network: _Network) -> None:
-        self.network, self.chain, self.softmax = network, network.chain, network.softmax
-        self.dim = -1 if self.softmax is None else self.softmax.dim
-        self.parameters = tuple(each._parameters for each in network.dense)
-        self.weights = [(each._parameters, each.weight) for each in network.dense]
-        self.outputs = self.chain.widths[-1]
-        products = sum(a * b for a, b in itertools.pairwise(self.chain.widths))
-        self.least = _TILE * self.chain.widths[0] if products > _HEAVY else 0
-        tensors = [each for held in self.parameters for each in held.values() if each is not None]
-        first = network.dense[0].weight
-        self.dtype, self.device = first.dtype, first.device
-        if (
-            len(tensors) != len(network.parameters())
-            or self.dtype not in _TYPES
-            or not all(
-                type(each) in (Tensor, nn.Parameter)
-                and (each.dtype, each.device) == (self.dtype, self.device)
-                and each.is_contiguous()
-                for each in tensors
-            )
-        ):
-            self.reason = "its parameters are no plain tensors of one device and dtype"
-        elif self.device.type not in ("cpu", "meta"):
-            self.way = "torch.compile"
-        elif max(self.chain.widths) > _WIDEST:
-            self.reason = f"the input or a layer is wider than {_WIDEST}"
-        else:
-            function = kernel(self.chain, self.dtype)
-            if isinstance(function, str):
-                # torch.compile takes long to find out that there is no compiler for it either.
-                there = shutil.which(os.environ.get("CXX", "c++").split()[0])
-                self.way, self.reason = "torch.compile" if there else "eager", function
-            else:
-                self.way, self.function = "kernel", function
-        if self.way == "torch.compile" and self.chain in _failures:
-            self.way, self.reason = "eager", _failures[self.chain]
-
-    def holds(self) -> bool:
-        """Whether the layers are the ones that were read; a kernel looks at parameters itself."""
-        if self.handles != RemovableHandle.next_id:
-            return False
-        for modules, layers in self.modules:
-            if [*modules.values()] != layers:
-                return False
-        if [*map(type, self.layers)] != self.kinds:
-            return False
-        if self.way != "kernel" and not self._stays():
-            return False
-        return self.softmax is None or self.softmax.dim == self.dim
-
-    def _stays(self) -> bool:
-        for held, weight in self.weights:
-            if held.get("weight") is not weight or weight.dtype is not self.dtype:
-                return False
-        return not self.weights or self.weights[0][1].device == self.device
-
-    def launch(self, input: Tensor, out: Tensor | None) -> Tensor | None:
-        """The kernel's output, None where it is for the layers to compute or to complain."""
-        if (
-            type(input) is not Tensor
-            or (is_grad_enabled() and (input.requires_grad or self.requires_grad()))
-            or _is_watched()
-            or (self.dim != -1 and self.dim != input.ndim - 1)
-            or (self.least and input.numel() < self.least)
-            or input.is_neg()
-            or (out is not None and not _can_be_written(out))
-        ):
-            return None
-        if out is None:
-            shape = input.shape
-            if len(shape) == 2:
-                out = input.new_empty(shape[0], self.outputs)
-            else:
-                out = input.new_empty(*shape[:-1], self.outputs)
-        else:
-            increment_version(out)  # autograd is to know that what it may have saved is gone
-        said = self.function(input, out, get_num_threads(), self.parameters)
-        if said == STRIDED:
-            said = self.function(input.contiguous(), out, get_num_threads(), self.parameters)
-        self.is_stale = said == CHANGED
-        return out if said == DONE else None
-
-    def requires_grad(self) -> bool:
-        """Whether one of the parameters does."""
-        for parameters in self.parameters:
-            for each in parameters.values():
-                if each is not None and each.requires_grad:
-                    return True
-        return False
+_KNOWN = (Dense, LazyDense, ReLU, Softmax, nn.Linear, nn.ReLU, nn.Softmax)
+_PLAIN = (Tensor, nn.Parameter)
+_AGAIN = "the model's layers are not those that fuse saw; call fuse(model) again"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_hooks, _all_hooks = itemgetter(*_HOOKS), itemgetter(*(f"_global{name}" for name in _HOOKS))
+_look = attrgetter("dtype", "is_cpu", "shape")
 
 
-def _is_watched() -> bool:
-    """Whether torch's dispatcher has something to see to that a kernel would pass by."""
-    return (
-        forward_ad._current_level >= 0
-        or _len_torch_dispatch_stack() > 0
-        or _is_any_autocast_enabled()
-        or _is_torch_function_mode_enabled()
-        or _get_tracing_state() is not None
-    )
-
-
-def _can_be_written(out: Tensor) -> bool:
-    """Whether a kernel may write there unasked; else `Tensor.copy_` says what is to be said."""
-    return type(out) is Tensor and not (out.requires_grad or out.is_inference() or out.is_neg())
+def _is_special(module: nn.Module) -> bool:
+    """Whether a call of `module` is more than its class says."""
+    return any(_hooks(module.__dict__)) or "forward" in module.__dict__
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:
@@ -477,138 +310,349 @@ def _into(out: Tensor | None, result: Tensor) -> Tensor:
         return result
     if not isinstance(out, Tensor):
         raise TypeError(f"fused(input, out=...) expects a torch.Tensor, got {type(out).__name__}")
-    if torch.is_grad_enabled() and (result.requires_grad or out.requires_grad):
+    if is_grad_enabled() and (result.requires_grad or out.requires_grad):
         raise RuntimeError(
             "fused(input, out=...) does not support automatic differentiation, and an argument or "
             "a parameter requires grad; call it under torch.no_grad()"
         )
-    if out.numel() == 0 and out.shape != result.shape:
+    if out.numel() == 0:
         out.resize_(result.shape)  # as torch's own functions do
-    for what in ("shape", "dtype", "device"):
-        expected, got = getattr(result, what), getattr(out, what)
-        if expected != got:
-            expected, got = (tuple(e) if what == "shape" else e for e in (expected, got))
-            raise ValueError(
-                f"fused(input, out=...) expects an out of {what} {expected}, got {got}"
-            )
+    expected, got = ((tuple(each.shape), each.dtype, each.device) for each in (result, out))
+    if expected != got:
+        raise ValueError(f"fused(input, out=...) expects an out of {expected}, got {got}")
     return out.copy_(result)
+
+
+@functools.cache
+def _compiled(chain: Chain) -> Callable[..., Tensor]:
+    """What torch.compile makes of the formula, for any number of samples."""
+    compiled: Callable[..., Tensor] = torch.compile(
+        lambda input, *parameters: _formula(input, parameters, *chain[1:]), dynamic=True
+    )
+    return compiled
+
+
+class _Structure:
+    """The layers of a model in the order of their calls."""
+
+    def __init__(self, model: nn.Sequential) -> None:
+        named = list(model.named_modules(remove_duplicate=False))
+        self.modules = [(f"layer {n}" if n else "the model", each, type(each)) for n, each in named]
+        inner = [each for _, each in named if type(each) is nn.Sequential]
+        self.sequences = [(each, [*each._modules.values()]) for each in inner]
+        self.layers = [each for _, each in named if type(each) is not nn.Sequential]
+        self.dense: list[nn.Linear] = []
+        self.relus: list[bool] = []
+        self.softmax: nn.Softmax | None = None
+        self.reason = ""  # why a kernel cannot compute them in this order
+        for layer in self.layers:
+            if type(layer) not in _KNOWN:
+                raise TypeError(
+                    "fuse expects a torch.nn.Sequential of Dense, ReLU and Softmax (or torch's "
+                    f"Linear, ReLU and Softmax), got {type(layer).__name__}"
+                )
+            if self.softmax is not None or not (self.dense or isinstance(layer, nn.Linear)):
+                self.reason = f"{type(layer).__name__} breaks the order Dense, ReLU, ..., Softmax"
+            elif isinstance(layer, nn.Linear):
+                self.dense.append(layer)
+                self.relus.append(False)
+            elif isinstance(layer, nn.Softmax):
+                self.softmax = layer
+            else:
+                self.relus[-1] = True
+
+    def chain(self) -> Chain:
+        """What a kernel for it has to compute, as its parameters are now."""
+        widths = (self.dense[0].weight.shape[1], *(len(each.weight) for each in self.dense))
+        biases = tuple(each.bias is not None for each in self.dense)
+        return Chain(widths, biases, tuple(self.relus), self.softmax is not None)
+
+    def is_changed(self) -> bool:
+        """Whether layers were replaced."""
+        return any([*each._modules.values()] != layers for each, layers in self.sequences)
+
+    def why_not(self) -> str:
+        """Why the layers must compute; "" if they need not."""
+        for name, module, kind in self.modules:
+            if type(module) is LazyDense:
+                return f"{name} is a LazyDense that had no input yet"
+            if type(module) is not kind and kind is not LazyDense:
+                return f"{name} became a {type(module).__name__}"
+            if _is_special(module):
+                return f"{name} has hooks or a forward of its own"
+        return self.reason
+
+
+class _Way(NamedTuple):
+    """How a chain is computed in one dtype, on the CPU or elsewhere."""
+
+    chain: Chain
+    kernel: Kernel | None
+    reason: str  # why there is no kernel
+    compiled: float  # from how many samples on torch.compile is better than the layers
+    slots: list[tuple[nn.Linear, str, Any]]  # layer, name of a parameter, what it has to be
 
 
 class Fused(nn.Sequential):
     """What `fuse` gives; see there."""
 
-    _plan: _Plan | None = None
-    _origin: list[nn.Sequential] = []  # noqa: RUF012  # in a list, so that it is no submodule
+    _reason = ""  # why the layers computed the last input
 
-    def __delitem__(self, index: slice | int) -> None:
-        super().__delitem__(index)
-        for model in self._origin:
-            model._modules = self._modules  # torch makes a new dictionary of what is left
+    def __init__(self, *layers: Any) -> None:
+        super().__init__(*layers)
+        self._follow(nn.Sequential(*layers))
 
-    def _follow(self) -> None:
-        for model in self._origin:
-            if self._modules is not model._modules:
-                self._modules = model._modules
+    def _follow(self, model: nn.Sequential) -> None:
+        self._modules = model._modules
+        self._model = [model]  # in a list, so that it is no submodule
+        self._structure = _Structure(model)
+        self._ways: dict[tuple[torch.dtype, bool], _Way] = {}
 
     @property
     def formulation(self) -> str:
         """How it is computed: "kernel", "torch.compile" or "eager", and why not the first."""
-        plan = self._current()
-        return f"{plan.way}, since {plan.reason}" if plan.reason else plan.way
+        if self._structure.is_changed():
+            return f"none, since {_AGAIN}"
+        reason = self._why_not(None) or self._reason
+        if not reason:
+            first = self._structure.dense[0].weight
+            way = self._way(first.dtype, first.is_cpu)
+            if way.kernel is not None:
+                return "kernel"
+            if way.compiled < math.inf:
+                return f"torch.compile, since {way.reason}"
+            reason = way.reason
+        return f"eager, since {reason}"
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"formulation: {self.formulation}"
 
-    def _current(self) -> _Plan:
-        self._follow()
-        plan = self._plan
-        if plan is None or not plan.holds():
-            plan = self._plan = _Plan(self)
-        return plan
+    def _why_not(self, input: Any) -> str:
+        """Why the layers must compute, whatever the numbers are; "" if they need not."""
+        if is_in_torch_dispatch_mode() or has_torch_function((input,)):
+            return "a mode or a subclass of torch's takes part"
+        if is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if torch.jit.is_tracing() or forward_ad._current_level >= 0:  # type: ignore[no-untyped-call, attr-defined]
+            return "torch.jit.trace or forward-mode differentiation follows each layer"
+        if any(_all_hooks(hooks.__dict__)):
+            return "a hook is registered for all modules"
+        return self._structure.why_not()
+
+    def _way(self, dtype: torch.dtype, is_cpu: bool) -> _Way:
+        way = self._ways.get((dtype, is_cpu))
+        if way is None:
+            chain = self._structure.chain()
+            slots: list[tuple[nn.Linear, str, Any]] = [
+                (layer, name, seen if seen is None else (dtype, is_cpu, seen.shape))
+                for layer in self._structure.dense
+                for name, seen in (("weight", layer.weight), ("bias", layer.bias))
+            ]
+            made, reason, start = None, "it is not on the CPU", 0.0
+            if is_cpu and (dtype not in _TYPES or max(chain.widths) > _WIDEST):
+                reason, start = f"it is wider than {_WIDEST}, or of {dtype}", math.inf
+            elif is_cpu:
+                found = kernel(chain, dtype)
+                made, reason = (found, "") if isinstance(found, Kernel) else (None, found)
+                start = math.inf if os.environ.get("CXX", "c++") in _broken else _COMPILED
+            if chain in _broken:
+                reason, start = _broken[chain], math.inf
+            way = self._ways[dtype, is_cpu] = _Way(chain, made, reason, start, slots)
+        return way
+
+    def _prepare(self, input: Any) -> tuple[_Way, _Call, list[Tensor | None]] | str:
+        """What to compute on what memory, and whose that is; or why the layers must do it."""
+        if self._structure.is_changed():
+            raise RuntimeError(_AGAIN)
+        reason = self._why_not(input)
+        if reason:
+            return reason
+        if type(input) not in _PLAIN or input.is_meta:
+            return f"the input is a {type(input).__name__}, or has no numbers"
+        way = self._way(input.dtype, input.is_cpu)
+        # Others may give tensors other memory at any time; what `data` returns is ours alone.
+        x, softmax = input.data, self._structure.softmax
+        shape = x.shape
+        if shape[-1:] != way.chain.widths[:1]:
+            return "the input is not what the layers expect"
+        if softmax is not None and softmax.dim not in (-1, len(shape) - 1):
+            return "the softmax is along another dimension than the last"
+        tensors: list[Tensor | None] = [input]
+        values: list[Tensor | None] = []
+        for layer, name, expected in way.slots:
+            tensor = layer._parameters.get(name)
+            tensors.append(tensor)
+            if tensor is not None and expected is not None:
+                value = tensor.data
+                if value.shape != expected[2]:
+                    raise RuntimeError(_AGAIN)
+                if type(tensor) not in _PLAIN or _look(value) != expected:
+                    return "a parameter is not a plain tensor of the input's dtype and device"
+                if not value.is_contiguous() or value.is_neg():
+                    return "a parameter is not contiguous"
+                values.append(value)
+            elif tensor is expected:
+                values.append(None)
+            elif name in layer._parameters:
+                raise RuntimeError(_AGAIN)
+            else:
+                return f"a {name} is computed anew at each call"
+        samples = x.numel() // shape[-1]
+        if way.kernel is None:
+            return way.reason if samples < way.compiled else (way, _Call(x, values, []), tensors)
+        if samples < way.kernel.least:
+            return "the samples are too few"
+        try:
+            call = _Call(x.resolve_neg().contiguous(), values, _places(values))
+            if call.x.data_ptr() and all(call.addresses[::2]):
+                return way, call, tensors
+        except RuntimeError:  # of `data_ptr`
+            pass
+        return "a tensor has no memory of its own, as in torch.func"
 
     def forward(self, input: Tensor, out: Tensor | None = None) -> Tensor:  # noqa: D102
         if is_compiling():
-            return _into(out, self._traced(input))
-        self._follow()
-        plan = self._plan
-        if plan is None or not plan.holds():
-            plan = self._plan = _Plan(self)
-        if plan.way == "kernel":
-            result = plan.launch(input, out)
-            if plan.is_stale:
-                plan = self._plan = _Plan(self)
-                result = plan.launch(input, out) if plan.way == "kernel" else None
-            if result is not None:
-                return result
-        elif plan.way == "torch.compile" and isinstance(input, Tensor):
-            return _into(out, self._compile(plan, input))
-        if out is not None:
+            traced = self._traced(input, self._structure.softmax is not None)
+            return _into(out, self._eager(input) if traced is None else traced)
+        found = self._prepare(input)
+        self.__dict__["_reason"] = found if isinstance(found, str) else ""
+        if isinstance(found, str):
             return _into(out, self._eager(input))
-        for layer in self._modules.values():  # as nn.Sequential does, without another call
-            input = layer(input)
-        return input
-
-    def _compile(self, plan: _Plan, input: Tensor) -> Tensor:
+        way, call, tensors = found
+        if way.kernel is None:
+            return _into(out, self._compile(way, tensors))
+        derived = is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        shape = (*call.x.shape[:-1], way.chain.widths[-1])
         if (
-            (input.dtype, input.device) != (plan.dtype, plan.device)
-            or input.shape[-1:] != plan.chain.widths[:1]
-            or plan.dim not in (-1, input.ndim - 1)
-            or (input.is_cpu and input.numel() < _COMPILED * input.shape[-1])
-            or plan.chain.biases != tuple(each.bias is not None for each in plan.network.dense)
-            or _is_watched()
+            type(out) is Tensor
+            and _look(out) == (call.x.dtype, True, shape)
+            and out.is_contiguous()
+            and not (derived or out.requires_grad or out.is_neg() or out.is_inference())
         ):
-            return self._eager(input)
-        try:
-            return _compiled(plan.chain)(input, plan.network.parameters())
-        except RuntimeError as error:
-            result = self._eager(input)  # if this fails too, it was not the compiler
-            _failures[plan.chain] = str(error).strip().partition("\n")[0]
-            self._plan = None
-            if not input.is_cpu:
-                _warn(f"torch.compile failed, eager torch is used: {_failures[plan.chain]}")
-            return result
+            increment_version(out)  # autograd is to know that what it may have saved is gone
+            if way.kernel.forward(call, out.data):
+                return out
+        result = call.x.new_empty(shape)
+        way.kernel.forward(call, result)
+        return _into(out, _derive(result, way.kernel, call, None, None, tensors, derived))
 
-    def _traced(self, input: Tensor) -> Tensor:
-        """For torch.compile and torch.export: one operation, or what they fuse themselves."""
-        network = _network(_flatten(self))
-        if isinstance(network, str):
-            return self._eager(input)
-        parameters = network.parameters()
-        dim = -1 if network.softmax is None else network.softmax.dim
-        if (
-            parameters[0].device.type != "cpu"
-            or parameters[0].dtype not in _TYPES
-            or max(network.chain.widths) > _WIDEST
-            or torch.is_autocast_enabled("cpu")
-            or torch.onnx.is_in_onnx_export()
-            or dim not in (-1, input.ndim - 1)
-        ):
-            return self._eager(input)
-        _, biases, relus, softmax = network.chain
-        output: Tensor = chain(input, parameters, list(biases), list(relus), softmax)
-        return output
+    def cross_entropy(self, input: Tensor, target: Tensor) -> Tensor:
+        r"""Mean cross-entropy of the chain's output, with all gradients from one pass.
+
+        .. math:: L = -\frac1N \sum_n \log \mathrm{softmax}(z_n)_{t_n}
+
+        The logits :math:`z` are what the softmax at the chain's end gets, or what the chain gives,
+        if it has none. The softmax itself is not called, nor are hooks on it or on the model.
+
+        Args:
+            input: as in the forward pass.
+            target: the classes :math:`t`; -100 is left out, as in torch.
+
+        Shape:
+            - input: :math:`(*, \text{in\_features})`.
+            - target: :math:`(*)`, int64.
+            - output: :math:`()`.
+
+        Raises:
+            TypeError: a target that is not int64; else as the layers.
+            ValueError: a target of another shape; a softmax that is not along the classes.
+            IndexError: a target that is no class.
+
+        Example:
+            >>> fused = fuse(nn.Sequential(Dense(2, 3), ReLU(), Dense(3, 3), Softmax()))
+            >>> loss = fused.cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1, 2, 0]))
+            >>> loss.backward()
+            >>> fused[2].bias.grad
+            tensor([-0.1667,  0.0833,  0.0833])
+
+        Source: NNFS chapters 5 and 9.
+        """
+        kind = getattr(target, "dtype", type(target).__name__)
+        if kind != torch.int64:
+            raise TypeError(f"cross_entropy expects a target of torch.int64, got {kind}")
+        if target.shape != input.shape[:-1]:
+            raise ValueError(
+                f"cross_entropy expects a target of shape {tuple(input.shape[:-1])}, a class for "
+                f"each sample, got {tuple(target.shape)}"
+            )
+        *layers, last = self._structure.layers
+        if not isinstance(last, nn.Softmax):
+            layers.append(last)
+        elif last.dim not in (-1, input.ndim - 1):
+            raise ValueError(f"cross_entropy expects a softmax along the classes, got {last}")
+        if is_compiling():
+            logits = self._traced(input, False)
+        else:
+            logits, found, classes = None, self._prepare(input), target.data.contiguous()
+            if (
+                not isinstance(found, str)
+                and found[0].kernel
+                and target.is_cpu
+                and _address(classes)
+            ):
+                kernel, (_, call, tensors) = found[0].kernel, found
+                wants = [is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+                given = kernel.gradients(call, None, classes, *wants)
+                if given is not None:
+                    return _derive(given[0], kernel, call, classes, given[1], tensors, any(wants))
+        if logits is None:
+            logits = functools.reduce(lambda x, layer: layer(x), layers, input)
+        return _mean(logits, target)
 
     def _eager(self, input: Tensor) -> Tensor:
-        output: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
+        model = self._model[0]
+        # Else the layers are called: the model is no submodule of this, which tracing expects.
+        run = model if _is_special(model) else super().forward
+        output: Tensor = run(input)  # type: ignore[no-untyped-call]
+        return output
+
+    def _compile(self, way: _Way, tensors: list[Tensor | None]) -> Tensor:
+        try:
+            return _compiled(way.chain)(*(each for each in tensors if each is not None))
+        except RuntimeError as error:
+            result = self._eager(cast(Tensor, tensors[0]))  # if this fails too, it was the input
+            _broken[way.chain] = str(error).strip().partition("\n")[0]
+            self._ways.clear()
+            _warn(f"torch.compile failed, eager torch is used: {_broken[way.chain]}")
+            return result
+
+    def _traced(self, input: Tensor, softmax: bool) -> Tensor | None:
+        """For torch.compile and torch.export: one operation; None for what they fuse themselves."""
+        structure = self._structure
+        if structure.why_not():
+            return None
+        (widths, biases, relus, _), first = structure.chain(), structure.dense[0].weight
+        if (
+            not first.is_cpu
+            or first.dtype not in _TYPES
+            or max(widths) > _WIDEST
+            or is_autocast_enabled("cpu")
+            or torch.onnx.is_in_onnx_export()
+            or (structure.softmax is not None and structure.softmax.dim not in (-1, input.ndim - 1))
+        ):
+            return None
+        pairs = [each for layer in structure.dense for each in (layer.weight, layer.bias)]
+        there = [each for each in pairs if each is not None]
+        output: Tensor = chain(input, there, list(biases), list(relus), softmax)
         return output
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_plan": None}
+        return {**vars(self), "_ways": {}}
 
 
 def fuse(model: nn.Module) -> Fused:
     r"""`model` in one pass: :math:`\mathrm{softmax}(\ldots \max(0, x W_1^T + b_1) W_2^T \ldots)`.
 
-    The result is an `nn.Sequential` of the same layers, in the same dictionary: parameters, state
-    dict, training, moves to another device or dtype, and layers that are replaced, are those of
-    `model`, whichever of the two is changed, and `fuse` need not be called again.
+    The result is an `nn.Sequential` of the same layers. It sees once which layers there are; their
+    parameters it reads at each call, so that training, `load_state_dict`, changes in place and
+    moves to another dtype are followed. Who replaces layers calls `fuse` again, or gets an error.
 
-    Without gradients, on the CPU and up to 256 wide (inputs count too), a kernel in C++ computes
-    the chain: compiled once a network and dtype, in about a second, by the compiler that ``CXX``
-    names (``c++``), and kept in ``~/.cache/torchnnfs``. On other devices `torch.compile` makes it
-    one. Where gradients are needed, under autocast, in `torch.func` and with hooks on a layer, the
-    layers are called as always, whatever `formulation` says. Inside `torch.compile` and
-    `torch.export` the chain is one operation, ``torchnnfs::chain``, which has a derivative.
+    On the CPU and up to 256 wide (inputs count too) a kernel in C++ computes the chain and its
+    gradients. It is compiled for each network and dtype, in about a second a process, by the
+    compiler that ``CXX`` names (``c++``). Elsewhere `torch.compile` makes it one. At each call it
+    is asked what the kernel would miss, as hooks, autocast or `torch.func`; if there is any, the
+    layers run, and `formulation` says why. `Fused.cross_entropy` is the loss for training. Inside
+    `torch.compile` and `torch.export` the chain is one operation, ``torchnnfs::chain``.
 
     Args:
         model: an `nn.Sequential`, also nested, of `Dense`, `ReLU` and `Softmax` or torch's own, or
@@ -623,41 +667,32 @@ def fuse(model: nn.Module) -> Fused:
     Half types are computed in float32 from end to end and rounded once.
 
     Attributes:
-        formulation: how the next forward pass without gradients is computed; also in `repr`.
+        formulation: how it is computed as things are, and why not by the kernel; also in `repr`.
 
     Raises:
         TypeError: layers of another kind; in the forward pass as the layers themselves.
         ValueError: no layers; in the forward pass an `out` that does not fit, else as the layers.
-        RuntimeError: in the forward pass, `out` where gradients are needed.
+        RuntimeError: in the forward pass, other layers than those that `fuse` saw, or of another
+            shape; `out` where gradients are needed.
 
     Warns:
-        RuntimeWarning: once, where the compiler is missing or fails; `torch.compile` takes its
-            place from 8000 samples on, or eager torch, which also takes it below.
+        RuntimeWarning: once, where the compiler is missing or fails.
 
     Example:
         >>> model = nn.Sequential(Dense(2, 3), ReLU(), Dense(3, 3), Softmax())
         >>> fused = fuse(model)
         >>> fused.formulation
         'kernel'
-        >>> with torch.no_grad():
-        ...     fused(torch.zeros(1, 2))
-        tensor([[0.3333, 0.3333, 0.3333]])
+        >>> fused(torch.zeros(1, 2))
+        tensor([[0.3333, 0.3333, 0.3333]], grad_fn=<_DerivedBackward>)
 
     Source: NNFS chapter 4; the kernel is fused.cpp.
     """
-    layers = _flatten(model)
-    for layer in layers:
-        if type(layer) not in _KNOWN:
-            raise TypeError(
-                "fuse expects a torch.nn.Sequential of Dense, ReLU and Softmax (or torch's Linear, "
-                f"ReLU and Softmax), got {type(layer).__name__}"
-            )
-    if not layers:
-        raise ValueError("fuse expects at least one layer, got an empty torch.nn.Sequential")
-    if not isinstance(model, nn.Sequential):
-        return Fused(model)
+    if isinstance(model, Fused):
+        model = model._model[0]
     fused = Fused()
-    fused._modules = model._modules  # one dictionary, so that a change of one is one of both
-    fused._origin = [model]
+    fused._follow(model if isinstance(model, nn.Sequential) else nn.Sequential(model))
     fused.training = model.training
+    if not fused._structure.layers:
+        raise ValueError("fuse expects at least one layer, got an empty torch.nn.Sequential")
     return fused
