@@ -2,234 +2,53 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import itertools
 import math
 import os
-import shlex
-import signal
-import struct
-import subprocess
-import tempfile
-import warnings
-from collections.abc import Callable, Sequence
-from importlib.resources import as_file, files
-from operator import attrgetter, itemgetter
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, get_num_threads, is_autocast_enabled, is_grad_enabled, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 from torch.nn import functional as F
-from torch.nn.modules import module as hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from torchnnfs.kernel import TYPES, WIDEST, Chain, Kernel, broken, chain, formula, kernel, warn
 from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
 
-#: What the kernel stores and computes in, in C++.
-_TYPES = {
-    torch.float64: ("double", "double"),
-    torch.float32: ("float", "float"),
-    torch.bfloat16: ("bfloat16", "float"),
-    torch.float16: ("_Float16", "float"),
-}
-#: How long the C++ compiler may take.
-COMPILE_SECONDS = 60.0
-# Where one way becomes faster than another, measured (docs/speed.md).
-_WIDEST = 256  # what wider layers need of a tile leaves the cache, and eager torch is faster
-_TILE, _HEAVY = 64, 2**15  # a part of a tile costs as much as a tile: so many products are too many
 _COMPILED = 8000  # on a CPU, with fewer samples a call of what torch.compile made costs too much
 
-#: What was given up: C++ compilers, and chains that torch.compile failed at; and why.
-_broken: dict[str | Chain, str] = {}
+_KNOWN = (Dense, LazyDense, ReLU, Softmax, nn.Linear, nn.ReLU, nn.Softmax)
+_PLAIN = frozenset([Tensor, nn.Parameter])
+_AGAIN = "the model's layers are not those that fuse saw; call fuse(model) again"
+_hooks = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
+_later: dict[type, type] = {LazyDense: Dense}  # what a layer becomes by its first input
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+#: Chains that torch.compile failed at, and why.
+_failures: dict[Chain, str] = {}
 
 
-class Chain(NamedTuple):
-    """What a kernel computes: the widths, which layers have a bias and a ReLU, and the end."""
+class _Held(NamedTuple):
+    """Parameters as a call read them, in memory that this holds: an address there stays theirs."""
 
-    widths: tuple[int, ...]
-    biases: tuple[bool, ...]
-    relus: tuple[bool, ...]
-    softmax: bool
-
-
-class _Call(NamedTuple):
-    """What a kernel reads, in memory that this holds: weight and bias of each layer in `values`."""
-
-    x: Tensor
-    values: list[Tensor | None]
-    addresses: list[int]
-
-
-class Kernel:
-    """The functions of fused.cpp, compiled for one chain."""
-
-    def __init__(self, chain: Chain, library: ctypes.CDLL) -> None:
-        self.chain = chain
-        self._forward, self._gradients = library.forward, library.gradients
-        self._forward.argtypes = self._gradients.argtypes = [ctypes.c_char_p]
-        count = 2 * len(chain.biases)
-        self._pack = struct.Struct(f"{4 + count}q").pack
-        self._pack_all = struct.Struct(f"{7 + 2 * count}q").pack
-        products = sum(a * b for a, b in itertools.pairwise(chain.widths))
-        self.least = chain.widths[0] * (_TILE if products > _HEAVY else 1)
-
-    def forward(self, call: _Call, out: Tensor) -> bool:
-        """The chain's output; False, if `out` overlaps what is read, and nothing was done."""
-        samples = call.x.numel() // self.chain.widths[0]
-        places = (call.x.data_ptr(), out.data_ptr(), *call.addresses)
-        return not self._forward(self._pack(samples, get_num_threads(), *places))
-
-    def gradients(
-        self, call: _Call, grad: Tensor | None, target: Tensor | None, *wants: bool
-    ) -> tuple[Tensor, list[Tensor | None]] | None:
-        """The loss, and the gradients of input and parameters as far as one `wants` them.
-
-        They are those for the gradient `grad` of the output, or those of the cross-entropy of a
-        `target`; None if that has other numbers than those of classes.
-        """
-        tensors = [call.x, *call.values]
-        pairs = zip(tensors, wants, strict=True)
-        found = [t.new_empty(t.shape) if want and t is not None else None for t, want in pairs]
-        loss = call.x.new_empty(())
-        samples, places = call.x.numel() // self.chain.widths[0], _places(found)
-        ends = (*_places([call.x, grad, target]), places[0], loss.data_ptr())
-        arguments = (samples, get_num_threads(), *ends, *call.addresses, *places[1:])
-        return None if self._gradients(self._pack_all(*arguments)) else (loss, found)
-
-
-def _places(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if each is None else each.data_ptr() for each in tensors]
-
-
-@functools.cache
-def _warn(text: str) -> None:
-    warnings.warn(f"fuse: {text}", RuntimeWarning, stacklevel=2)
-
-
-@functools.cache
-def kernel(chain: Chain, dtype: torch.dtype) -> Kernel | str:
-    """The kernel of a chain, or why there is none, after a warning."""
-    compiler = os.environ.get("CXX", "c++")
-    if compiler not in _broken:
-        try:
-            return _compile(chain, dtype, compiler)
-        except subprocess.TimeoutExpired:
-            _broken[compiler] = f"{compiler!r} took longer than {COMPILE_SECONDS:g} seconds"
-        except FileNotFoundError:
-            _broken[compiler] = f"there is no C++ compiler {compiler!r}"
-        except (OSError, ValueError) as error:
-            _warn(f"{error}; torch.compile or eager torch takes the kernel's place")
-            return str(error)
-    _warn(f"{_broken[compiler]}; eager torch is used. The variable CXX names a C++ compiler")
-    return _broken[compiler]
-
-
-def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> Kernel:
-    scalar, real = _TYPES[dtype]
-    lists = {"WIDTHS": chain.widths, "BIASES": chain.biases, "RELUS": chain.relus}
-    told = {name: ",".join(str(int(each)) for each in values) for name, values in lists.items()}
-    told |= {"SOFTMAX": str(int(chain.softmax)), "SCALAR": scalar, "REAL": real}
-    command = shlex.split(compiler) or [""]
-    command += ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
-    command += ["-fopenmp", "-fPIC", "-shared", *(f"-D{name}={told[name]}" for name in told)]
-    source = files("torchnnfs").joinpath("fused.cpp")
-    with tempfile.TemporaryDirectory(prefix="torchnnfs-") as scratch, as_file(source) as path:
-        made, errors = Path(scratch, "kernel.so"), Path(scratch, "errors")
-        # A file instead of a pipe, and a group of its own: when the time is up, nothing is left
-        # running or waited for. A library that is loaded needs its file no longer.
-        with errors.open("wb") as said:
-            process = subprocess.Popen(
-                [*command, str(path), "-o", str(made)],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
-            )
-            try:
-                failed = process.wait(COMPILE_SECONDS)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                raise
-        if failed:
-            lines = errors.read_text(errors="replace").splitlines()
-            why = next((line for line in lines if "error" in line), f"exit status {failed}")
-            raise ValueError(f"the C++ compiler failed ({why})")
-        try:
-            return Kernel(chain, ctypes.CDLL(str(made)))
-        except (OSError, AttributeError) as error:
-            raise ValueError(f"{compiler!r} made no library with a kernel in it") from error
-
-
-def _formula(input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Tensor:
-    """What the layers compute; of `options`, see `chain`."""
-    biases, relus, softmax = options
-    rest = iter(parameters)
-    for bias, relu in zip(biases, relus, strict=True):
-        input = F.linear(input, next(rest), next(rest) if bias else None)
-        input = input.relu() if relu else input
-    return input.softmax(-1) if softmax else input
-
-
-def _vjp(grad: Tensor, formula: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of a formula by torch, which can be derived once more."""
-    found: tuple[Tensor, ...] = torch.func.vjp(formula, *tensors)[1](grad)
-    return found
-
-
-@torch.library.custom_op("torchnnfs::chain", mutates_args=())
-def chain(
-    input: Tensor,
-    parameters: Sequence[Tensor],
-    biases: Sequence[bool],
-    relus: Sequence[bool],
-    softmax: bool,
-) -> Tensor:
-    """The chain as one operation of torch's, which compile, export, autograd and vmap see."""
-    if input.device.type == "cpu" and input.dtype in _TYPES and input.numel():
-        rest = iter([each.contiguous() for each in parameters])
-        values = [next(rest) if there else None for bias in biases for there in (True, bias)]
-        weights = [each for each in values[::2] if each is not None]
-        widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
-        found = kernel(Chain(widths, tuple(biases), tuple(relus), softmax), input.dtype)
-        if isinstance(found, Kernel):
-            out = input.new_empty(*input.shape[:-1], widths[-1])
-            found.forward(_Call(input.contiguous(), values, _places(values)), out)
-            return out
-    return _formula(input, parameters, biases, relus, softmax)
-
-
-@chain.register_fake
-def _(input: Tensor, parameters: Sequence[Tensor], biases: Sequence[bool], *_: Any) -> Tensor:
-    last = parameters[-2 if biases[-1] else -1]
-    return input.new_empty(*input.shape[:-1], last.shape[0])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, parameters, *ctx.options = inputs
-    ctx.save_for_backward(input, *parameters)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    first, *rest = _vjp(grad, lambda x, *p: _formula(x, p, *ctx.options), *ctx.saved_tensors)
-    return first, rest, None, None, None
-
-
-chain.register_autograd(_backward, setup_context=_setup_context)
-
-
-@chain.register_vmap
-def _(info: Any, dims: Any, input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Any:
-    if all(dim is None for dim in dims[1]):  # samples in one dimension more
-        return chain(input.movedim(dims[0], 0), parameters, *options), 0
-    each = torch.vmap(lambda x, p: _formula(x, p, *options), tuple(dims[:2]))
-    return each(input, parameters), 0
+    tensors: list[Tensor]
+    values: list[Tensor]
+    places: bytes  # as the kernel gets them
+    slots: list[tuple[nn.Linear, str, Tensor, int, torch.Size]]
 
 
 class _Derived(torch.autograd.Function):
@@ -240,43 +59,29 @@ class _Derived(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *saved: Any) -> Tensor:
-        ctx.kernel, ctx.call, ctx.target, ctx.gradients, *tensors = saved
+        ctx.call, ctx.target, ctx.gradients, *tensors = saved
         ctx.save_for_backward(*tensors)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors, target = ctx.saved_tensors, ctx.target
+        tensors, target, (kernel, *call, places) = ctx.saved_tensors, ctx.target, ctx.call[:4]
         if is_grad_enabled() or type(grad) is not Tensor or not _address(grad):
-            _, *options, softmax = ctx.kernel.chain
+            _, *options, softmax = kernel.chain
             options.append(softmax and target is None)
-            there = [each for each in tensors if each is not None]
-            rest = iter(_vjp(grad, lambda x, *p: _mean(_formula(x, p, *options), target), *there))
-            found = [None if each is None else next(rest) for each in tensors]
+            pull = torch.func.vjp(lambda x, *p: _loss(formula(x, p, *options), target), *tensors)[1]
+            found = pull(grad)
         elif target is not None:
             found = [None if each is None else each * grad for each in ctx.gradients]
         else:
-            grad, wants = grad.resolve_neg().contiguous(), ctx.needs_input_grad[5:]
-            _, found = ctx.kernel.gradients(ctx.call, grad, None, *wants)
-        return None, None, None, None, None, *found
+            needed = zip(tensors, ctx.needs_input_grad[4:], strict=True)
+            wanted = [tensor if needs else None for tensor, needs in needed]
+            grad = grad.resolve_neg().contiguous()
+            _, found = kernel.gradients(*call, places, wanted, grad=grad)
+        return None, None, None, None, *found
 
 
-def _derive(
-    result: Tensor,
-    kernel: Kernel,
-    call: _Call,
-    target: Tensor | None,
-    gradients: list[Tensor | None] | None,
-    tensors: list[Tensor | None],
-    derived: bool,
-) -> Tensor:
-    """`result`, with a derivative if that is needed."""
-    if derived:
-        result = _Derived.apply(result, kernel, call, target, gradients, *tensors)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _mean(output: Tensor, target: Tensor | None) -> Tensor:
+def _loss(output: Tensor, target: Tensor | None) -> Tensor:
     """The mean cross-entropy, if there is a target."""
     if target is None:
         return output
@@ -289,19 +94,6 @@ def _address(tensor: Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:
         return 0
-
-
-_KNOWN = (Dense, LazyDense, ReLU, Softmax, nn.Linear, nn.ReLU, nn.Softmax)
-_PLAIN = (Tensor, nn.Parameter)
-_AGAIN = "the model's layers are not those that fuse saw; call fuse(model) again"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_hooks, _all_hooks = itemgetter(*_HOOKS), itemgetter(*(f"_global{name}" for name in _HOOKS))
-_look = attrgetter("dtype", "is_cpu", "shape")
-
-
-def _is_special(module: nn.Module) -> bool:
-    """Whether a call of `module` is more than its class says."""
-    return any(_hooks(module.__dict__)) or "forward" in module.__dict__
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:
@@ -327,7 +119,7 @@ def _into(out: Tensor | None, result: Tensor) -> Tensor:
 def _compiled(chain: Chain) -> Callable[..., Tensor]:
     """What torch.compile makes of the formula, for any number of samples."""
     compiled: Callable[..., Tensor] = torch.compile(
-        lambda input, *parameters: _formula(input, parameters, *chain[1:]), dynamic=True
+        lambda input, *parameters: formula(input, parameters, *chain[1:]), dynamic=True
     )
     return compiled
 
@@ -337,7 +129,7 @@ class _Structure:
 
     def __init__(self, model: nn.Sequential) -> None:
         named = list(model.named_modules(remove_duplicate=False))
-        self.modules = [(f"layer {n}" if n else "the model", each, type(each)) for n, each in named]
+        self.modules = [(each, _later.get(type(each), type(each))) for _, each in named]
         inner = [each for _, each in named if type(each) is nn.Sequential]
         self.sequences = [(each, [*each._modules.values()]) for each in inner]
         self.layers = [each for _, each in named if type(each) is not nn.Sequential]
@@ -373,24 +165,99 @@ class _Structure:
 
     def why_not(self) -> str:
         """Why the layers must compute; "" if they need not."""
-        for name, module, kind in self.modules:
-            if type(module) is LazyDense:
-                return f"{name} is a LazyDense that had no input yet"
-            if type(module) is not kind and kind is not LazyDense:
-                return f"{name} became a {type(module).__name__}"
-            if _is_special(module):
-                return f"{name} has hooks or a forward of its own"
+        for module, kind in self.modules:
+            here = module.__dict__
+            if (
+                type(module) is not kind
+                or "forward" in here
+                or here["_forward_hooks"]
+                or here["_forward_pre_hooks"]
+                or here["_backward_hooks"]
+                or here["_backward_pre_hooks"]
+            ):
+                if type(module) is LazyDense:
+                    return "a LazyDense had no input yet"
+                if type(module) is not kind:
+                    return f"a {kind.__name__} became a {type(module).__name__}"
+                return f"a {kind.__name__} has hooks or a forward of its own"
         return self.reason
 
 
-class _Way(NamedTuple):
+class _Way:
     """How a chain is computed in one dtype, on the CPU or elsewhere."""
 
-    chain: Chain
-    kernel: Kernel | None
-    reason: str  # why there is no kernel
-    compiled: float  # from how many samples on torch.compile is better than the layers
-    slots: list[tuple[nn.Linear, str, Any]]  # layer, name of a parameter, what it has to be
+    def __init__(self, structure: _Structure, dtype: torch.dtype, is_cpu: bool) -> None:
+        self.dtype, self.chain, dense = dtype, structure.chain(), structure.dense
+        self.inputs, self.outputs = self.chain.widths[0], self.chain.widths[-1]
+        self.kernel: Kernel | None = None
+        self.reason = _failures.get(self.chain, "it is not on the CPU")
+        # From how many samples on torch.compile is better than the layers.
+        self.compiled = math.inf if self.chain in _failures else 0.0
+        if is_cpu and (dtype not in TYPES or max(self.chain.widths) > WIDEST):
+            self.reason, self.compiled = f"it is wider than {WIDEST}, or of {dtype}", math.inf
+        elif is_cpu:
+            found = kernel(self.chain, dtype)
+            if isinstance(found, Kernel):
+                self.kernel, self.reason = found, ""
+            elif os.environ.get("CXX", "c++") in broken:
+                self.reason, self.compiled = found, math.inf
+            elif self.chain not in _failures:
+                self.reason, self.compiled = found, _COMPILED
+        self.least = self.kernel.least if self.kernel else self.compiled
+        names = ("weight", "bias")
+        self._slots = [(e, n) for e in dense for n in names if getattr(e, n) is not None]
+        self._bare = [each for each in dense if each.bias is None]
+        self._shapes = [getattr(layer, name).shape for layer, name in self._slots]
+        self._held: _Held | None = None
+
+    def read(self) -> _Held | str:
+        """The parameters as they are now; or why the layers must read them."""
+        for layer in self._bare:
+            if layer.bias is not None:
+                raise RuntimeError(_AGAIN)
+        held = self._held
+        if held is None:
+            return self._hold()
+        for layer, name, known, address, shape in held.slots:
+            tensor = layer._parameters.get(name)
+            if (
+                tensor is not known
+                or tensor.data_ptr() != address
+                or tensor.dtype is not self.dtype
+                or tensor.shape != shape
+                or not tensor.is_contiguous()
+            ):
+                return self._hold()
+        return held
+
+    def _hold(self) -> _Held | str:
+        tensors: list[Any] = []
+        for layer, name in self._slots:
+            tensor = layer._parameters.get(name)
+            if tensor is None and name in layer._parameters:
+                raise RuntimeError(_AGAIN)
+            if type(tensor) not in _PLAIN:
+                return f"a {name} is not a plain tensor, or is computed anew at each call"
+            tensors.append(tensor)
+        if self.kernel is None:
+            return _Held(tensors, [], b"", [])
+        # Others may give a tensor other memory at any time; what `data` returns is ours alone.
+        values = [each.data for each in tensors]
+        if [each.shape for each in values] != self._shapes:
+            raise RuntimeError(_AGAIN)
+        for each in values:
+            if each.dtype != self.dtype or not _is_plain(each):
+                return "a parameter is not contiguous memory of the input's dtype and device"
+        rows = zip(self._slots, tensors, values, self._shapes, strict=True)
+        slots = [(*slot, tensor, value.data_ptr(), shape) for slot, tensor, value, shape in rows]
+        self._held = held = _Held(tensors, values, self.kernel.places(values), slots)
+        return held
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a kernel can work on its memory as it is."""
+    plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
+    return plain and _address(tensor) != 0
 
 
 class Fused(nn.Sequential):
@@ -406,7 +273,7 @@ class Fused(nn.Sequential):
         self._modules = model._modules
         self._model = [model]  # in a list, so that it is no submodule
         self._structure = _Structure(model)
-        self._ways: dict[tuple[torch.dtype, bool], _Way] = {}
+        self._ways: dict[Any, _Way] = {}
 
     @property
     def formulation(self) -> str:
@@ -415,8 +282,7 @@ class Fused(nn.Sequential):
             return f"none, since {_AGAIN}"
         reason = self._why_not(None) or self._reason
         if not reason:
-            first = self._structure.dense[0].weight
-            way = self._way(first.dtype, first.is_cpu)
+            way = self._way(self._structure.dense[0].weight)
             if way.kernel is not None:
                 return "kernel"
             if way.compiled < math.inf:
@@ -433,108 +299,86 @@ class Fused(nn.Sequential):
             return "a mode or a subclass of torch's takes part"
         if is_autocast_enabled("cpu"):
             return "autocast is on"
-        if torch.jit.is_tracing() or forward_ad._current_level >= 0:  # type: ignore[no-untyped-call, attr-defined]
+        if _is_tracing() or forward_ad._current_level >= 0:
             return "torch.jit.trace or forward-mode differentiation follows each layer"
-        if any(_all_hooks(hooks.__dict__)):
+        if (
+            _global_forward_hooks
+            or _global_forward_pre_hooks
+            or _global_backward_hooks
+            or _global_backward_pre_hooks
+        ):
             return "a hook is registered for all modules"
         return self._structure.why_not()
 
-    def _way(self, dtype: torch.dtype, is_cpu: bool) -> _Way:
-        way = self._ways.get((dtype, is_cpu))
-        if way is None:
-            chain = self._structure.chain()
-            slots: list[tuple[nn.Linear, str, Any]] = [
-                (layer, name, seen if seen is None else (dtype, is_cpu, seen.shape))
-                for layer in self._structure.dense
-                for name, seen in (("weight", layer.weight), ("bias", layer.bias))
-            ]
-            made, reason, start = None, "it is not on the CPU", 0.0
-            if is_cpu and (dtype not in _TYPES or max(chain.widths) > _WIDEST):
-                reason, start = f"it is wider than {_WIDEST}, or of {dtype}", math.inf
-            elif is_cpu:
-                found = kernel(chain, dtype)
-                made, reason = (found, "") if isinstance(found, Kernel) else (None, found)
-                start = math.inf if os.environ.get("CXX", "c++") in _broken else _COMPILED
-            if chain in _broken:
-                reason, start = _broken[chain], math.inf
-            way = self._ways[dtype, is_cpu] = _Way(chain, made, reason, start, slots)
+    def _way(self, tensor: Tensor) -> _Way:
+        way = self._ways[tensor.dtype, tensor.is_cpu] = _Way(
+            self._structure, tensor.dtype, tensor.is_cpu
+        )
         return way
 
-    def _prepare(self, input: Any) -> tuple[_Way, _Call, list[Tensor | None]] | str:
-        """What to compute on what memory, and whose that is; or why the layers must do it."""
-        if self._structure.is_changed():
-            raise RuntimeError(_AGAIN)
+    def _prepare(self, input: Any) -> tuple[_Way, Tensor, int, _Held] | str:
+        """What to compute, on what and how many samples; or why the layers must do it."""
+        structure = self._structure
+        for sequence, layers in structure.sequences:
+            if [*sequence._modules.values()] != layers:
+                raise RuntimeError(_AGAIN)
         reason = self._why_not(input)
         if reason:
             return reason
-        if type(input) not in _PLAIN or input.is_meta:
-            return f"the input is a {type(input).__name__}, or has no numbers"
-        way = self._way(input.dtype, input.is_cpu)
-        # Others may give tensors other memory at any time; what `data` returns is ours alone.
-        x, softmax = input.data, self._structure.softmax
+        if type(input) not in _PLAIN:
+            return f"the input is a {type(input).__name__}"
+        way = self._ways.get((input.dtype, input.is_cpu)) or self._way(input)
+        x, softmax = input.data, structure.softmax
         shape = x.shape
-        if shape[-1:] != way.chain.widths[:1]:
+        if not shape or shape[-1] != way.inputs:
             return "the input is not what the layers expect"
-        if softmax is not None and softmax.dim not in (-1, len(shape) - 1):
+        if softmax is not None and softmax.dim != -1 and softmax.dim != len(shape) - 1:
             return "the softmax is along another dimension than the last"
-        tensors: list[Tensor | None] = [input]
-        values: list[Tensor | None] = []
-        for layer, name, expected in way.slots:
-            tensor = layer._parameters.get(name)
-            tensors.append(tensor)
-            if tensor is not None and expected is not None:
-                value = tensor.data
-                if value.shape != expected[2]:
-                    raise RuntimeError(_AGAIN)
-                if type(tensor) not in _PLAIN or _look(value) != expected:
-                    return "a parameter is not a plain tensor of the input's dtype and device"
-                if not value.is_contiguous() or value.is_neg():
-                    return "a parameter is not contiguous"
-                values.append(value)
-            elif tensor is expected:
-                values.append(None)
-            elif name in layer._parameters:
-                raise RuntimeError(_AGAIN)
-            else:
-                return f"a {name} is computed anew at each call"
-        samples = x.numel() // shape[-1]
-        if way.kernel is None:
-            return way.reason if samples < way.compiled else (way, _Call(x, values, []), tensors)
-        if samples < way.kernel.least:
-            return "the samples are too few"
-        try:
-            call = _Call(x.resolve_neg().contiguous(), values, _places(values))
-            if call.x.data_ptr() and all(call.addresses[::2]):
-                return way, call, tensors
-        except RuntimeError:  # of `data_ptr`
-            pass
-        return "a tensor has no memory of its own, as in torch.func"
+        samples = x.numel() // way.inputs
+        if samples < way.least:
+            return way.reason or "the samples are too few"
+        held = way.read()
+        if isinstance(held, str):
+            return held
+        if way.kernel is not None and (not x.is_contiguous() or x.is_neg()):
+            x = x.resolve_neg().contiguous()
+        return way, x, samples, held
 
     def forward(self, input: Tensor, out: Tensor | None = None) -> Tensor:  # noqa: D102
         if is_compiling():
             traced = self._traced(input, self._structure.softmax is not None)
             return _into(out, self._eager(input) if traced is None else traced)
         found = self._prepare(input)
-        self.__dict__["_reason"] = found if isinstance(found, str) else ""
         if isinstance(found, str):
+            self.__dict__["_reason"] = found
             return _into(out, self._eager(input))
-        way, call, tensors = found
+        self.__dict__["_reason"] = ""
+        way, x, samples, held = found
         if way.kernel is None:
-            return _into(out, self._compile(way, tensors))
-        derived = is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        shape = (*call.x.shape[:-1], way.chain.widths[-1])
-        if (
-            type(out) is Tensor
-            and _look(out) == (call.x.dtype, True, shape)
-            and out.is_contiguous()
-            and not (derived or out.requires_grad or out.is_neg() or out.is_inference())
-        ):
+            return _into(out, self._compile(way, input, held.tensors))
+        derived = is_grad_enabled() and any(t.requires_grad for t in (input, *held.tensors))
+        if out is not None and not derived and self._fits(out, way, x):
             increment_version(out)  # autograd is to know that what it may have saved is gone
-            if way.kernel.forward(call, out.data):
+            if way.kernel.forward(samples, x, held.places, out.data):
                 return out
-        result = call.x.new_empty(shape)
-        way.kernel.forward(call, result)
-        return _into(out, _derive(result, way.kernel, call, None, None, tensors, derived))
+        if x.ndim == 2:  # which saves half a microsecond
+            result = x.new_empty(samples, way.outputs)
+        else:
+            result = x.new_empty(*x.shape[:-1], way.outputs)
+        way.kernel.forward(samples, x, held.places, result)
+        if derived:
+            call = way.kernel, samples, x, held.places, held
+            result = _Derived.apply(result, call, None, None, input, *held.tensors)  # type: ignore[no-untyped-call]
+        return result if out is None else _into(out, result)
+
+    def _fits(self, out: Tensor, way: _Way, x: Tensor) -> bool:
+        return (
+            type(out) is Tensor
+            and out.dtype == x.dtype
+            and out.shape == (*x.shape[:-1], way.outputs)
+            and _is_plain(out)
+            and not (out.requires_grad or out.is_inference())
+        )
 
     def cross_entropy(self, input: Tensor, target: Tensor) -> Tensor:
         r"""Mean cross-entropy of the chain's output, with all gradients from one pass.
@@ -584,36 +428,39 @@ class Fused(nn.Sequential):
             logits = self._traced(input, False)
         else:
             logits, found, classes = None, self._prepare(input), target.data.contiguous()
-            if (
-                not isinstance(found, str)
-                and found[0].kernel
-                and target.is_cpu
-                and _address(classes)
-            ):
-                kernel, (_, call, tensors) = found[0].kernel, found
-                wants = [is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
-                given = kernel.gradients(call, None, classes, *wants)
-                if given is not None:
-                    return _derive(given[0], kernel, call, classes, given[1], tensors, any(wants))
+            self.__dict__["_reason"] = found if isinstance(found, str) else ""
+            if not isinstance(found, str) and target.is_cpu and _address(classes):
+                way, x, samples, held = found
+                inputs, grad = [input, *held.tensors], is_grad_enabled()
+                wanted = [each if grad and each.requires_grad else None for each in inputs]
+                given = way.kernel and way.kernel.gradients(
+                    samples, x, held.places, wanted, target=classes
+                )
+                if given:
+                    loss, gradients = given
+                    if any(each is not None for each in wanted):
+                        call = way.kernel, samples, x, held.places, held
+                        loss = _Derived.apply(loss, call, classes, gradients, *inputs)  # type: ignore[no-untyped-call]
+                    return loss
         if logits is None:
             logits = functools.reduce(lambda x, layer: layer(x), layers, input)
-        return _mean(logits, target)
+        return _loss(logits, target)
 
     def _eager(self, input: Tensor) -> Tensor:
         model = self._model[0]
         # Else the layers are called: the model is no submodule of this, which tracing expects.
-        run = model if _is_special(model) else super().forward
-        output: Tensor = run(input)  # type: ignore[no-untyped-call]
+        is_special = any(_hooks(model.__dict__)) or "forward" in model.__dict__
+        output: Tensor = model(input) if is_special else super().forward(input)  # type: ignore[no-untyped-call]
         return output
 
-    def _compile(self, way: _Way, tensors: list[Tensor | None]) -> Tensor:
+    def _compile(self, way: _Way, input: Tensor, tensors: list[Tensor]) -> Tensor:
         try:
-            return _compiled(way.chain)(*(each for each in tensors if each is not None))
+            return _compiled(way.chain)(input, *tensors)
         except RuntimeError as error:
-            result = self._eager(cast(Tensor, tensors[0]))  # if this fails too, it was the input
-            _broken[way.chain] = str(error).strip().partition("\n")[0]
+            result = self._eager(input)  # if this fails too, it was the input
+            _failures[way.chain] = str(error).strip().partition("\n")[0]
             self._ways.clear()
-            _warn(f"torch.compile failed, eager torch is used: {_broken[way.chain]}")
+            warn(f"torch.compile failed, eager torch is used: {_failures[way.chain]}")
             return result
 
     def _traced(self, input: Tensor, softmax: bool) -> Tensor | None:
@@ -624,8 +471,8 @@ class Fused(nn.Sequential):
         (widths, biases, relus, _), first = structure.chain(), structure.dense[0].weight
         if (
             not first.is_cpu
-            or first.dtype not in _TYPES
-            or max(widths) > _WIDEST
+            or first.dtype not in TYPES
+            or max(widths) > WIDEST
             or is_autocast_enabled("cpu")
             or torch.onnx.is_in_onnx_export()
             or (structure.softmax is not None and structure.softmax.dim not in (-1, input.ndim - 1))

@@ -1,0 +1,215 @@
+"""A chain of dense layers as one kernel, which fused.cpp is compiled to, and as torch sees it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import os
+import shlex
+import signal
+import struct
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, get_num_threads
+from torch.nn import functional as F
+
+#: What the kernel stores and computes in, in C++.
+TYPES = {
+    torch.float64: ("double", "double"),
+    torch.float32: ("float", "float"),
+    torch.bfloat16: ("bfloat16", "float"),
+    torch.float16: ("_Float16", "float"),
+}
+#: How long the C++ compiler may take.
+COMPILE_SECONDS = 60.0
+# Where one way becomes faster than another, measured (docs/speed.md).
+WIDEST = 256  # what wider layers need of a tile leaves the cache, and eager torch is faster
+TILE, HEAVY = 64, 2**15  # a part of a tile costs as much as a tile: so many products are too many
+
+#: C++ compilers that were given up, and why.
+broken: dict[str, str] = {}
+
+
+class Chain(NamedTuple):
+    """What a kernel computes: the widths, which layers have a bias and a ReLU, and the end."""
+
+    widths: tuple[int, ...]
+    biases: tuple[bool, ...]
+    relus: tuple[bool, ...]
+    softmax: bool
+
+
+class Kernel:
+    """The functions of fused.cpp, compiled for one chain.
+
+    Of parameters it gets the addresses; whoever calls it holds the memory there.
+    """
+
+    def __init__(self, chain: Chain, library: ctypes.CDLL) -> None:
+        self.chain, self._forward, self._gradients = chain, library.forward, library.gradients
+        self._forward.argtypes = self._gradients.argtypes = [ctypes.c_char_p]
+        self._there = [there for bias in chain.biases for there in (True, bias)]
+        products = sum(a * b for a, b in itertools.pairwise(chain.widths))
+        self.least = TILE if products > HEAVY else 1
+
+    def places(self, parameters: Sequence[Tensor | None]) -> bytes:
+        """The address of weight and bias of each layer; 0 where there is none."""
+        rest = iter(parameters)
+        found = [next(rest) if there else None for there in self._there]
+        return struct.pack(f"{len(found)}q", *(0 if t is None else t.data_ptr() for t in found))
+
+    def forward(self, samples: int, x: Tensor, places: bytes, out: Tensor) -> bool:
+        """The chain's output; False, if `out` overlaps what is read, and nothing was done."""
+        told = _pack4(samples, get_num_threads(), x.data_ptr(), out.data_ptr())
+        return not self._forward(told + places)
+
+    def gradients(
+        self,
+        samples: int,
+        x: Tensor,
+        places: bytes,
+        wanted: Sequence[Tensor | None],
+        grad: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]] | None:
+        """The loss, and the gradients of what is `wanted` of input and parameters.
+
+        They are those for the gradient `grad` of the output, or those of the cross-entropy of a
+        `target`; None if that has other numbers than those of classes.
+        """
+        first, *rest = found = [None if t is None else torch.empty_like(t) for t in wanted]
+        loss = x.new_empty(())
+        ends = (0 if t is None else t.data_ptr() for t in (x, grad, target, first, loss))
+        told = struct.pack("7q", samples, get_num_threads(), *ends) + places + self.places(rest)
+        return None if self._gradients(told) else (loss, found)
+
+
+_pack4 = struct.Struct("4q").pack
+
+
+@functools.cache
+def warn(text: str) -> None:
+    """One warning for each text."""
+    warnings.warn(f"fuse: {text}", RuntimeWarning, stacklevel=2)
+
+
+@functools.cache
+def kernel(chain: Chain, dtype: torch.dtype) -> Kernel | str:
+    """The kernel of a chain, or why there is none, after a warning."""
+    compiler = os.environ.get("CXX", "c++")
+    if compiler not in broken:
+        try:
+            return _compile(chain, dtype, compiler)
+        except subprocess.TimeoutExpired:
+            broken[compiler] = f"{compiler!r} took longer than {COMPILE_SECONDS:g} seconds"
+        except FileNotFoundError:
+            broken[compiler] = f"there is no C++ compiler {compiler!r}"
+        except (OSError, ValueError) as error:
+            warn(f"{error}; torch.compile or eager torch takes the kernel's place")
+            return str(error)
+    warn(f"{broken[compiler]}; eager torch is used. The variable CXX names a C++ compiler")
+    return broken[compiler]
+
+
+def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> Kernel:
+    scalar, real = TYPES[dtype]
+    lists = {"WIDTHS": chain.widths, "BIASES": chain.biases, "RELUS": chain.relus}
+    told = {name: ",".join(str(int(each)) for each in values) for name, values in lists.items()}
+    told |= {"SOFTMAX": str(int(chain.softmax)), "SCALAR": scalar, "REAL": real}
+    command = shlex.split(compiler) or [""]
+    command += ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
+    command += ["-fopenmp", "-fPIC", "-shared", *(f"-D{name}={told[name]}" for name in told)]
+    source = files("torchnnfs").joinpath("fused.cpp")
+    with tempfile.TemporaryDirectory(prefix="torchnnfs-") as scratch, as_file(source) as path:
+        made, errors = Path(scratch, "kernel.so"), Path(scratch, "errors")
+        # A file instead of a pipe, and a group of its own: when the time is up, nothing is left
+        # running or waited for. A library that is loaded needs its file no longer.
+        with errors.open("wb") as said:
+            process = subprocess.Popen(
+                [*command, str(path), "-o", str(made)],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+            try:
+                failed = process.wait(COMPILE_SECONDS)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
+        if failed:
+            lines = errors.read_text(errors="replace").splitlines()
+            why = next((line for line in lines if "error" in line), f"exit status {failed}")
+            raise ValueError(f"the C++ compiler failed ({why})")
+        try:
+            return Kernel(chain, ctypes.CDLL(str(made)))
+        except (OSError, AttributeError) as error:
+            raise ValueError(f"{compiler!r} made no library with a kernel in it") from error
+
+
+def formula(input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Tensor:
+    """What the layers compute; of the `options` see `chain`."""
+    biases, relus, softmax = options
+    rest = iter(parameters)
+    for bias, relu in zip(biases, relus, strict=True):
+        input = F.linear(input, next(rest), next(rest) if bias else None)
+        input = input.relu() if relu else input
+    return input.softmax(-1) if softmax else input
+
+
+@torch.library.custom_op("torchnnfs::chain", mutates_args=())
+def chain(
+    input: Tensor,
+    parameters: Sequence[Tensor],
+    biases: Sequence[bool],
+    relus: Sequence[bool],
+    softmax: bool,
+) -> Tensor:
+    """The chain as one operation of torch's, which compile, export, autograd and vmap see."""
+    if input.device.type == "cpu" and input.dtype in TYPES and input.numel():
+        x, values = input.contiguous(), [each.contiguous() for each in parameters]
+        weights = [each for each in values if each.ndim == 2]
+        widths = (weights[0].shape[1], *map(len, weights))
+        found = kernel(Chain(widths, tuple(biases), tuple(relus), softmax), input.dtype)
+        if isinstance(found, Kernel):
+            out = input.new_empty(*input.shape[:-1], widths[-1])
+            found.forward(x.numel() // widths[0], x, found.places(values), out)
+            return out
+    return formula(input, parameters, biases, relus, softmax)
+
+
+@chain.register_fake
+def _(input: Tensor, parameters: Sequence[Tensor], biases: Sequence[bool], *_: Any) -> Tensor:
+    last = parameters[-2 if biases[-1] else -1]
+    return input.new_empty(*input.shape[:-1], last.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, parameters, *ctx.options = inputs
+    ctx.save_for_backward(input, *parameters)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    pull = torch.func.vjp(lambda x, *p: formula(x, p, *ctx.options), *ctx.saved_tensors)[1]
+    first, *rest = pull(grad)
+    return first, rest, None, None, None
+
+
+chain.register_autograd(_backward, setup_context=_setup_context)
+
+
+@chain.register_vmap
+def _(info: Any, dims: Any, input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Any:
+    if all(dim is None for dim in dims[1]):  # samples in one dimension more
+        return chain(input.movedim(dims[0], 0), parameters, *options), 0
+    each = torch.vmap(lambda x, p: formula(x, p, *options), tuple(dims[:2]))
+    return each(input, parameters), 0
