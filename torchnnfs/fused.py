@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
@@ -54,31 +54,33 @@ class _Held(NamedTuple):
 class _Derived(torch.autograd.Function):
     """What a kernel gave, with its derivative: again the kernel's, and of that torch's.
 
-    With a `target`, the kernel gave a loss and its gradients.
+    With a target, the kernel gave a loss and its gradients, which go out with the first backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, *saved: Any) -> Tensor:
-        ctx.call, ctx.target, ctx.gradients, *tensors = saved
+    def forward(ctx: Any, given: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        result, ctx.target, ctx.gradients, ctx.call = given
         ctx.save_for_backward(*tensors)
-        return result
+        return cast(Tensor, result)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors, target, (kernel, *call, places) = ctx.saved_tensors, ctx.target, ctx.call[:4]
-        if is_grad_enabled() or type(grad) is not Tensor or not _address(grad):
+        tensors, target, found, (kernel, *call, _) = ctx.saved_tensors, ctx.target, None, ctx.call
+        if not is_grad_enabled() and type(grad) is Tensor and _memory(grad) is not None:
+            found, ctx.gradients = ctx.gradients, None
+            if found is None:
+                needed = zip(tensors, ctx.needs_input_grad[1:], strict=True)
+                wanted = [tensor if needs else None for tensor, needs in needed]
+                given = grad.resolve_neg().contiguous() if target is None else None
+                _, found = kernel.gradients(*call, wanted, grad=given, target=target)
+            if target is not None and grad.item() != 1:
+                found = [None if each is None else each.mul_(grad) for each in found]
+        if found is None:
             _, *options, softmax = kernel.chain
             options.append(softmax and target is None)
             pull = torch.func.vjp(lambda x, *p: _loss(formula(x, p, *options), target), *tensors)[1]
             found = pull(grad)
-        elif target is not None:
-            found = [None if each is None else each * grad for each in ctx.gradients]
-        else:
-            needed = zip(tensors, ctx.needs_input_grad[4:], strict=True)
-            wanted = [tensor if needs else None for tensor, needs in needed]
-            grad = grad.resolve_neg().contiguous()
-            _, found = kernel.gradients(*call, places, wanted, grad=grad)
-        return None, None, None, None, *found
+        return None, *found
 
 
 def _loss(output: Tensor, target: Tensor | None) -> Tensor:
@@ -88,12 +90,16 @@ def _loss(output: Tensor, target: Tensor | None) -> Tensor:
     return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
 
 
-def _address(tensor: Tensor) -> int:
-    """Where its numbers are; 0 for tensors of torch.func and others without memory."""
+def _memory(tensor: Tensor) -> Tensor | None:
+    """Its numbers; None for tensors of torch.func and others that have no memory.
+
+    Others may give `tensor` other memory at any time, but not what this returns.
+    """
     try:
-        return tensor.data_ptr()
+        value = tensor.data
+        return value if value.data_ptr() else None
     except RuntimeError:
-        return 0
+        return None
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:
@@ -109,9 +115,12 @@ def _into(out: Tensor | None, result: Tensor) -> Tensor:
         )
     if out.numel() == 0:
         out.resize_(result.shape)  # as torch's own functions do
-    expected, got = ((tuple(each.shape), each.dtype, each.device) for each in (result, out))
+    expected, got = (
+        f"an out of shape {tuple(each.shape)} and {each.dtype} on {each.device}"
+        for each in (result, out)
+    )
     if expected != got:
-        raise ValueError(f"fused(input, out=...) expects an out of {expected}, got {got}")
+        raise ValueError(f"fused(input, out=...) expects {expected}, got {got}")
     return out.copy_(result)
 
 
@@ -241,13 +250,14 @@ class _Way:
             tensors.append(tensor)
         if self.kernel is None:
             return _Held(tensors, [], b"", [])
-        # Others may give a tensor other memory at any time; what `data` returns is ours alone.
-        values = [each.data for each in tensors]
-        if [each.shape for each in values] != self._shapes:
-            raise RuntimeError(_AGAIN)
-        for each in values:
-            if each.dtype != self.dtype or not _is_plain(each):
+        values: list[Tensor] = []
+        for tensor, shape in zip(tensors, self._shapes, strict=True):
+            value = _memory(tensor)
+            if tensor.shape != shape:
+                raise RuntimeError(_AGAIN)
+            if value is None or value.dtype != self.dtype or not _is_plain(value):
                 return "a parameter is not contiguous memory of the input's dtype and device"
+            values.append(value)
         rows = zip(self._slots, tensors, values, self._shapes, strict=True)
         slots = [(*slot, tensor, value.data_ptr(), shape) for slot, tensor, value, shape in rows]
         self._held = held = _Held(tensors, values, self.kernel.places(values), slots)
@@ -256,8 +266,7 @@ class _Way:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a kernel can work on its memory as it is."""
-    plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
-    return plain and _address(tensor) != 0
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
 
 
 class Fused(nn.Sequential):
@@ -328,7 +337,9 @@ class Fused(nn.Sequential):
         if type(input) not in _PLAIN:
             return f"the input is a {type(input).__name__}"
         way = self._ways.get((input.dtype, input.is_cpu)) or self._way(input)
-        x, softmax = input.data, structure.softmax
+        x, softmax = _memory(input), structure.softmax
+        if x is None:
+            return "the input is empty or has no memory of its own, as in torch.func"
         shape = x.shape
         if not shape or shape[-1] != way.inputs:
             return "the input is not what the layers expect"
@@ -350,35 +361,40 @@ class Fused(nn.Sequential):
             return _into(out, self._eager(input) if traced is None else traced)
         found = self._prepare(input)
         if isinstance(found, str):
-            self.__dict__["_reason"] = found
+            self.__dict__["_reason"] = "" if self._why_not(input) else found
             return _into(out, self._eager(input))
         self.__dict__["_reason"] = ""
         way, x, samples, held = found
         if way.kernel is None:
             return _into(out, self._compile(way, input, held.tensors))
         derived = is_grad_enabled() and any(t.requires_grad for t in (input, *held.tensors))
-        if out is not None and not derived and self._fits(out, way, x):
-            increment_version(out)  # autograd is to know that what it may have saved is gone
-            if way.kernel.forward(samples, x, held.places, out.data):
-                return out
+        place = None if out is None or derived else self._place(out, way, x)
+        if place is not None:
+            increment_version(
+                cast(Tensor, out)
+            )  # autograd is to know that what it may have saved is gone
+            if way.kernel.forward(samples, x, held.places, place):
+                return cast(Tensor, out)
         if x.ndim == 2:  # which saves half a microsecond
             result = x.new_empty(samples, way.outputs)
         else:
             result = x.new_empty(*x.shape[:-1], way.outputs)
         way.kernel.forward(samples, x, held.places, result)
         if derived:
-            call = way.kernel, samples, x, held.places, held
-            result = _Derived.apply(result, call, None, None, input, *held.tensors)  # type: ignore[no-untyped-call]
+            given = result, None, None, (way.kernel, samples, x, held.places, held)
+            result = _Derived.apply(given, input, *held.tensors)  # type: ignore[no-untyped-call]
         return result if out is None else _into(out, result)
 
-    def _fits(self, out: Tensor, way: _Way, x: Tensor) -> bool:
-        return (
+    def _place(self, out: Any, way: _Way, x: Tensor) -> Tensor | None:
+        """The memory of `out`, if a kernel can write there unasked."""
+        fits = (
             type(out) is Tensor
             and out.dtype == x.dtype
             and out.shape == (*x.shape[:-1], way.outputs)
             and _is_plain(out)
             and not (out.requires_grad or out.is_inference())
         )
+        return _memory(out) if fits else None
 
     def cross_entropy(self, input: Tensor, target: Tensor) -> Tensor:
         r"""Mean cross-entropy of the chain's output, with all gradients from one pass.
@@ -427,9 +443,12 @@ class Fused(nn.Sequential):
         if is_compiling():
             logits = self._traced(input, False)
         else:
-            logits, found, classes = None, self._prepare(input), target.data.contiguous()
-            self.__dict__["_reason"] = found if isinstance(found, str) else ""
-            if not isinstance(found, str) and target.is_cpu and _address(classes):
+            logits, found, classes = None, self._prepare(input), _memory(target)
+            classes = None if classes is None else classes.contiguous()
+            self.__dict__["_reason"] = (
+                found if isinstance(found, str) and not self._why_not(input) else ""
+            )
+            if not isinstance(found, str) and target.is_cpu and classes is not None:
                 way, x, samples, held = found
                 inputs, grad = [input, *held.tensors], is_grad_enabled()
                 wanted = [each if grad and each.requires_grad else None for each in inputs]
@@ -437,11 +456,11 @@ class Fused(nn.Sequential):
                     samples, x, held.places, wanted, target=classes
                 )
                 if given:
-                    loss, gradients = given
-                    if any(each is not None for each in wanted):
-                        call = way.kernel, samples, x, held.places, held
-                        loss = _Derived.apply(loss, call, classes, gradients, *inputs)  # type: ignore[no-untyped-call]
-                    return loss
+                    if all(each is None for each in wanted):
+                        return given[0]
+                    call = way.kernel, samples, x, held.places, held
+                    result = given[0], classes, given[1], call
+                    return cast(Tensor, _Derived.apply(result, *inputs))  # type: ignore[no-untyped-call]
         if logits is None:
             logits = functools.reduce(lambda x, layer: layer(x), layers, input)
         return _loss(logits, target)
@@ -535,6 +554,8 @@ def fuse(model: nn.Module) -> Fused:
 
     Source: NNFS chapter 4; the kernel is fused.cpp.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse expects a torch.nn.Sequential, got {type(model).__name__}")
     if isinstance(model, Fused):
         model = model._model[0]
     fused = Fused()

@@ -124,7 +124,9 @@ def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> Kernel:
     lists = {"WIDTHS": chain.widths, "BIASES": chain.biases, "RELUS": chain.relus}
     told = {name: ",".join(str(int(each)) for each in values) for name, values in lists.items()}
     told |= {"SOFTMAX": str(int(chain.softmax)), "SCALAR": scalar, "REAL": real}
-    command = shlex.split(compiler) or [""]
+    command = shlex.split(compiler)
+    if not command:
+        raise FileNotFoundError
     command += ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
     command += ["-fopenmp", "-fPIC", "-shared", *(f"-D{name}={told[name]}" for name in told)]
     source = files("torchnnfs").joinpath("fused.cpp")
