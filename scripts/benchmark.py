@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import math
 import os
 import platform
 import random
@@ -21,195 +19,30 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from torchnnfs import Dense, ReLU, Softmax, book_numpy, classifier, fuse, fused, to_torch
+sys.path.insert(0, str(Path(__file__).parent))
+from peers import BOOK, COPY, Call, is_here, peers, training_peers
+
+from torchnnfs import Dense, ReLU, Softmax, fused, kernel
 from torchnnfs.testing.environment import describe
 
-Call = Callable[[], Any]
-OURS = ("fused", "fused, out=")
-BOOK = "book's NumPy"
-
-
-def arrays(model: nn.Module) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Weights and biases as the book stores them."""
-    dense = [layer for layer in model if isinstance(layer, nn.Linear)]
-    return [
-        (
-            np.ascontiguousarray(each.weight.detach().cpu().numpy().T),
-            each.bias.detach().cpu().numpy(),
-        )
-        for each in dense
-    ]
-
-
-def numpy_forward(layers: list, x: np.ndarray, dot: Callable = np.dot) -> np.ndarray:
-    *hidden, last = layers
-    for weights, biases in hidden:
-        x = np.maximum(0, dot(x, weights) + biases)
-    x = dot(x, last[0]) + last[1]
-    powers = np.exp(x - np.max(x, axis=1, keepdims=True))
-    return powers / np.sum(powers, axis=1, keepdims=True)
-
-
-def numba_forward(widths: list[int]) -> Callable[..., np.ndarray]:
-    """By hand: all layers of a sample in one loop, widths as constants, samples in parallel."""
-    import numba
-
-    zero = np.float32(0)
-    inputs, classes, layers = widths[0], widths[-1], len(widths) - 1
-    second, hidden = widths[1], widths[-2]
-
-    def forward(x, w1, b1, w2, b2, w3, b3):
-        output = np.empty((x.shape[0], classes), np.float32)
-        for s in numba.prange(x.shape[0]):
-            h, g = np.empty(second, np.float32), np.empty(hidden, np.float32)
-            for j in range(second):
-                total = b1[j]
-                for i in range(inputs):
-                    total += x[s, i] * w1[i, j]
-                h[j] = max(total, zero)
-            if layers == 3:
-                for j in range(hidden):
-                    total = b2[j]
-                    for i in range(second):
-                        total += h[i] * w2[i, j]
-                    g[j] = max(total, zero)
-            else:
-                for j in range(second):
-                    g[j] = h[j]
-            y = np.empty(classes, np.float32)
-            top = np.float32(-np.inf)
-            for j in range(classes):
-                total = b3[j]
-                for i in range(hidden):
-                    total += g[i] * w3[i, j]
-                y[j] = total
-                top = max(top, total)
-            scale = zero
-            for j in range(classes):
-                y[j] = math.exp(y[j] - top)
-                scale += y[j]
-            for j in range(classes):
-                output[s, j] = y[j] / scale
-        return output
-
-    return numba.njit(fastmath=True, parallel=True)(forward)
-
-
-def on_cpu(model: nn.Sequential, widths: list[int], input: Tensor) -> Iterator[tuple[str, Call]]:
-    """The peers that compute on a CPU alone; one that fails to import is passed over."""
-    x, layers = input.numpy(), arrays(model)
-    with book_numpy():
-        book_dot = np.dot
-    yield BOOK, lambda: numpy_forward(layers, x, book_dot)
-    yield "NumPy float32", lambda: numpy_forward(layers, x)
-    if is_here("onnxruntime", "onnxscript"):
-        yield "ONNX Runtime", onnx_session(model, input)
-    if is_here("jax"):
-        import jax
-
-        def forward(x, layers):
-            for weights, biases in layers[:-1]:
-                x = jax.nn.relu(x @ weights + biases)
-            return jax.nn.softmax(x @ layers[-1][0] + layers[-1][1], -1)
-
-        compiled, given = jax.jit(forward), jax.device_put((x, layers))
-        yield "JAX", lambda: compiled(*given).block_until_ready()
-    if is_here("numba") and len(widths) in (3, 4):
-        run = numba_forward(widths)
-        first, last = layers[0], layers[-1]
-        middle = layers[1] if len(widths) == 4 else first
-        flat = [*first, *middle, *last]
-        yield "numba", lambda: run(x, *flat)
-
-
-def is_here(*packages: str) -> bool:
-    try:
-        for package in packages:
-            version(package)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def onnx_session(model: nn.Module, input: Tensor) -> Call:
-    import onnxruntime
-
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program = torch.onnx.export(
-        model,
-        (input[:2],),
-        dynamo=True,
-        verbose=False,
-        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-    )
-    session = onnxruntime.InferenceSession(
-        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    given = {session.get_inputs()[0].name: input.numpy()}
-    return lambda: session.run(None, given)
-
-
-def graph(model: nn.Module, input: Tensor) -> Call:
-    """Eager torch as a CUDA graph, which replays kernels without the calls."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model(input)
-    torch.cuda.current_stream().wait_stream(stream)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        model(input)
-    return captured.replay
-
-
-def peers(widths: list[int], input: Tensor, wanted: list[str] | None) -> dict[str, Call]:
-    """Everything that computes the same network on the same input, compiled and warm."""
-    torch.manual_seed(0)
-    ours = classifier(*widths, device=input.device)
-    eager = to_torch(ours)
-    torch._dynamo.reset()
-    faster = torch.compile(eager, dynamic=False)
-    tuned = torch.compile(to_torch(ours), dynamic=False, mode="max-autotune-no-cudagraphs")
-    one_pass = fuse(ours)
-    out = torch.empty(*input.shape[:-1], widths[-1], device=input.device)
-    source = torch.empty((input.numel() + out.numel()) // 2, device=input.device).normal_()
-    target = torch.empty_like(source)
-    found: dict[str, Call] = {
-        "fused": lambda: one_pass(input),
-        "fused, out=": lambda: one_pass(input, out=out),
-        "torch eager": lambda: eager(input),
-        "torch.compile": lambda: faster(input),
-        "torch.compile max-autotune": lambda: tuned(input),
-    }
-    if wanted:
-        found = {name: found[name] for name in found if name in wanted}
-    elif input.is_cuda:
-        found["CUDA graph of eager"] = graph(eager, input)
-    else:
-        found.update(on_cpu(eager, widths, input))
-    expected = eager(input[:1000]).cpu().numpy()
-    for name, call in found.items():
-        given = call()
-        if given is not None:  # a graph gives nothing back
-            first = (given[0] if isinstance(given, list) else given)[:1000]
-            got = first.cpu().numpy() if isinstance(first, Tensor) else np.asarray(first)
-            if not np.allclose(got, expected, rtol=1e-4, atol=1e-6):  # the same network at all?
-                raise SystemExit(f"{name} computes something else")
-    found["copy of as many bytes"] = lambda: target.copy_(source)
-    return found
+#: What is ours in each table; the first is what all others are divided by.
+OURS = {
+    "forward": ("fused", "fused, out="),
+    "training": ("fused.cross_entropy", "fused"),
+    "layers": (),
+}
+#: Beyond this part of its median, half of the rounds of the middle peer: nothing can be believed.
+BUSY = 0.3
 
 
 def seconds(call: Call, number: int, device: torch.device) -> float:
@@ -248,7 +81,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def measure(calls: dict[str, Call], rounds: int, device: torch.device, step: Call) -> list[dict]:
+def measure(calls: dict[str, Call], rounds: int, device: torch.device) -> list[dict]:
     """Each peer's time, and how many times the first peer's that is, round by round."""
     order = list(calls)
     once = {name: min(seconds(call, 1, device) for _ in range(3)) for name, call in calls.items()}
@@ -261,7 +94,6 @@ def measure(calls: dict[str, Call], rounds: int, device: torch.device, step: Cal
             time.sleep(0.005)  # until the threads of the one before no longer wait for work
             calls[name]()
             times[name].append(seconds(calls[name], number[name], device))
-        step()
     first = next(iter(calls))
     rows = []
     for name, taken in times.items():
@@ -279,6 +111,13 @@ def measure(calls: dict[str, Call], rounds: int, device: torch.device, step: Cal
     return rows
 
 
+def unrest(rows: list[dict]) -> float:
+    """How far apart the quartiles of the middle peer are, as a part of its median."""
+    return statistics.median(
+        (row["quartiles"][1] - row["quartiles"][0]) / row["microseconds"] for row in rows
+    )
+
+
 def layer_pairs() -> dict[str, dict[str, nn.Module]]:
     """Our layers and torch's own, with the same parameters."""
     linear = nn.Linear(2, 3)
@@ -291,91 +130,91 @@ def layer_pairs() -> dict[str, dict[str, nn.Module]]:
     }
 
 
-def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int, dict[str, Call]]]:
-    """Title, samples, bytes that must be moved, and the peers."""
+def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, int, dict[str, Call]]]:
+    """Table, title, samples, bytes that must be moved, and the peers."""
     if arguments.layers:
         for title, modules in layer_pairs().items():
             width = 2 if title.startswith("dense") else 3
             input = torch.randn(300, width)
             calls = {name: (lambda m=m, x=input: m(x)) for name, m in modules.items()}
-            yield title, 300, 4 * 300 * (width + 3), calls
+            yield "layers", title, 300, 4 * 300 * (width + 3), calls
         return
-    for network in arguments.networks:
-        widths = [int(width) for width in network.split("-")]
-        for samples in arguments.samples:
-            torch.manual_seed(1)
-            input = torch.randn(samples, widths[0], device=arguments.device)
-            yield (
-                " -> ".join(map(str, widths)),
-                samples,
-                4 * samples * (widths[0] + widths[-1]),
-                peers(widths, input, arguments.peers),
-            )
+    for kind, make in (("forward", peers), ("training", training_peers)):
+        for network in arguments.networks if kind in arguments.tables else ():
+            widths = [int(width) for width in network.split("-")]
+            for samples in arguments.samples:
+                torch.manual_seed(1)
+                input = torch.randn(samples, widths[0], device=arguments.device)
+                moved = 4 * samples * (widths[0] + widths[-1])
+                with torch.set_grad_enabled(kind == "training"):
+                    calls = make(widths, input, arguments.peers)
+                yield kind, " -> ".join(map(str, widths)), samples, moved, calls
 
 
-def run(arguments: argparse.Namespace) -> list[dict]:
+def run(arguments: argparse.Namespace) -> Iterator[dict]:
     device = torch.device(arguments.device)
-    results = []
-    steps = 3 if arguments.layers else len(arguments.networks) * len(arguments.samples)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("compiling", total=steps)
-        for title, samples, moved, calls in cases(arguments):
-            rounds = arguments.rounds or max(7, min(100, 1_500_000 // max(samples, 1)))
-            progress.update(bar, description=f"{title}, {samples:,} samples")
-            done = progress.tasks[0].completed
-            advance = 1 / rounds
-            rows = measure(calls, rounds, device, lambda a=advance: progress.advance(bar, a))
+    for kind, title, samples, moved, calls in cases(arguments):
+        rounds = arguments.rounds or max(7, min(100, 1_500_000 // max(samples, 1)))
+        with torch.set_grad_enabled(kind == "training"):
+            rows = measure(calls, rounds, device)
             for row in rows:
-                per_second = samples / row["microseconds"] * 1e6
-                row |= {
-                    "samples_per_second": per_second,
-                    "bytes_per_second": moved / row["microseconds"] * 1e6,
-                }
+                row["samples_per_second"] = samples / row["microseconds"] * 1e6
+                row["bytes_per_second"] = moved / row["microseconds"] * 1e6
                 if samples >= 1_000_000:
                     row["peak_bytes"] = peak_bytes(calls[row["peer"]], device)
-            case = {"network": title, "samples": samples, "rounds": rounds, "bytes": moved}
-            results.append({**case, "peers": rows})
-            progress.update(bar, completed=done + 1, description="compiling")
-    return results
+        case = {"table": kind, "network": title, "samples": samples, "rounds": rounds}
+        yield {**case, "bytes": moved, "unrest": unrest(rows), "peers": rows}
 
 
 def best_other(result: dict) -> tuple[str, float] | None:
     """The fastest of all but ours and the copy, and how many times as long as ours it takes."""
     times = {row["peer"]: row["ratio"] for row in result["peers"]}
-    others = [name for name in times if name not in OURS and "copy" not in name]
-    if OURS[0] not in times or not others:
+    ours = OURS[result["table"]]
+    others = [name for name in times if name not in (*ours, COPY)]
+    if not ours or ours[0] not in times or not others:
         return None
     best = min(others, key=times.__getitem__)
     return best, times[best]
 
 
 def verdict(result: dict) -> str:
+    if result["unrest"] > BUSY:
+        return (
+            f"The machine is too busy: half of the rounds differ by {result['unrest']:.0%} or more."
+            " No ratio of this can be believed; run it again when nothing else runs."
+        )
     best, times = best_other(result), {row["peer"]: row["ratio"] for row in result["peers"]}
     if best is None:
         return ""
-    line = f"fused is {digits(best[1])} times as fast as {best[0]}, the best of the others"
-    return line + (f"; {digits(times[BOOK])} times as fast as the {BOOK}" if BOOK in times else "")
+    first = OURS[result["table"]][0]
+    line = f"{first} is {digits(best[1])} times as fast as {best[0]}, the best of the others"
+    books = [name for name in times if name.startswith(BOOK)]
+    return line + "".join(f"; {digits(times[name])} times as fast as the {name}" for name in books)
 
 
-def summary(results: list[dict]) -> str:
-    """The verdicts as a table in Markdown."""
+def summary(results: list[dict], kind: str) -> str:
+    """One table of the record, in Markdown, as docs/speed.md has it."""
+    first, second = OURS[kind]
     lines = [
-        "| network | samples | fused, µs | best of the others | times as fast as it "
-        "| the same with `out=` | times as fast as the book's NumPy |",
+        f"| network | samples | {first}, µs | best of the others | times as fast as it "
+        f"| the same of `{second}` | times as fast as the book's NumPy |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in results:
+        if result["table"] != kind:
+            continue
         rows = {row["peer"]: row for row in result["peers"]}
         best = best_other(result)
         assert best is not None
+        book = next(row["ratio"] for name, row in rows.items() if name.startswith(BOOK))
+        ratios = [best[1], best[1] / rows[second]["ratio"], book]
+        busy = result["unrest"] > BUSY
         shown = [
             result["network"].replace("->", "→"),
             f"{result['samples']:,}".replace(",", " "),
-            digits(rows["fused"]["microseconds"]),
+            digits(rows[first]["microseconds"]),
             best[0],
-            digits(best[1]),
-            digits(best[1] / rows["fused, out="]["ratio"]),
-            digits(rows[BOOK]["ratio"]),
+            *("too busy" if busy else digits(ratio) for ratio in ratios),
         ]
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
@@ -383,7 +222,8 @@ def summary(results: list[dict]) -> str:
 
 def table(result: dict) -> Table:
     shown = Table(
-        title=f"{result['network']}, {result['samples']:,} samples, {result['rounds']} rounds",
+        title=f"{result['table']}: {result['network']}, {result['samples']:,} samples, "
+        f"{result['rounds']} rounds",
         title_justify="left",
         caption=verdict(result),
         caption_justify="left",
@@ -417,11 +257,14 @@ def plot(results: list[dict], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    results = [result for result in results if result["table"] == "forward"]
+    if not results:
+        return
     networks = list(dict.fromkeys(result["network"] for result in results))
     figure, axes = pyplot.subplots(
         1, len(networks), figsize=(4 * len(networks), 4.5), sharey=True, squeeze=False
     )
-    names = [row["peer"] for row in results[0]["peers"] if "copy" not in row["peer"]]
+    names = [row["peer"] for row in results[0]["peers"] if row["peer"] != COPY]
     for axis, network in zip(axes[0], networks, strict=True):
         here = [result for result in results if result["network"] == network]
         for index, name in enumerate(names):
@@ -431,13 +274,13 @@ def plot(results: list[dict], path: Path) -> None:
                 for row in result["peers"]
                 if row["peer"] == name
             ]
-            ours = name in OURS
+            ours = name in OURS["forward"]
             axis.loglog(
                 *zip(*found, strict=True),
                 "o-",
                 label=name,
                 color="black" if ours else f"C{index}",
-                linestyle="--" if name == OURS[1] else "-",
+                linestyle="--" if name == OURS["forward"][1] else "-",
                 linewidth=2.5 if ours else 1.2,
                 markersize=4,
             )
@@ -473,8 +316,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these of torch's and ours")
     parser.add_argument("--rounds", type=int, help="default: by the number of samples, 7 to 100")
+    parser.add_argument("--tables", nargs="+", choices=["forward", "training"], metavar="TABLE")
     parser.add_argument("--widest", type=int, help="take kernels up to this width, and always")
     parser.add_argument("--layers", action="store_true", help="our layers beside torch's instead")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/speed.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there")
     arguments = parser.parse_args()
@@ -483,8 +328,10 @@ def main() -> None:
     if arguments.samples is None:
         arguments.samples = [1, 300, 30_000, 3_000_000]
         arguments.samples += [100_000_000] if arguments.device != "cpu" else []
+    arguments.tables = arguments.tables or ["forward", "training"]
     if arguments.widest:
-        fused._WIDEST, fused._HEAVY = arguments.widest, sys.maxsize
+        kernel.WIDEST = fused.WIDEST = arguments.widest
+        kernel.HEAVY = sys.maxsize
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.parent.is_dir():
             parser.error(f"there is no directory {str(path.parent)!r}")
@@ -498,21 +345,25 @@ def main() -> None:
             ".venv/bin/pip install -c constraints.txt --group benchmark",
             file=sys.stderr,
         )
-    with torch.no_grad():
-        results = run(arguments)
-    if arguments.json:
-        document = {
-            "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
-            "date": datetime.now(UTC).date().isoformat(),
-            "environment": environment(arguments.device),
-            "results": results,
-        }
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    console = Console(width=None if Console().is_terminal else 120)
+    results: list[dict] = []
+    for result in run(arguments):
+        results.append(result)
+        console.print(table(result))
+        if arguments.json:
+            document = {
+                "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
+                "date": datetime.now(UTC).date().isoformat(),
+                "environment": environment(arguments.device),
+                "results": results,
+            }
+            partial = arguments.json.with_suffix(".partial")
+            partial.write_text(json.dumps(document, indent=2) + "\n")
+            partial.replace(arguments.json)  # so that the file is whole at any time
     if arguments.plot:
         plot(results, arguments.plot)
-    console = Console(width=None if Console().is_terminal else 120)
-    for result in results:
-        console.print(table(result))
+    for kind in arguments.tables if arguments.markdown else ():
+        print(summary(results, kind), end="\n\n")
 
 
 if __name__ == "__main__":
