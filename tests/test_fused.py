@@ -48,8 +48,10 @@ def points():
 def no_kernel(monkeypatch):
     """A C++ compiler that fails, and nothing that one compiled before."""
 
+    caches = kernel.kernel, kernel.warn, fused._compiled
+
     def forget():
-        for cache in (kernel.kernel, kernel.warn, fused._compiled):
+        for cache in caches:
             cache.cache_clear()
         kernel.broken.clear()
         fused._failures.clear()

@@ -14,7 +14,6 @@ from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
-from torch.nn import functional as F
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -24,7 +23,20 @@ from torch.nn.modules.module import (
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from torchnnfs.kernel import TYPES, WIDEST, Chain, Kernel, broken, chain, formula, kernel, warn
+from torchnnfs.kernel import (
+    TYPES,
+    WIDEST,
+    Chain,
+    Derived,
+    Kernel,
+    broken,
+    chain,
+    formula,
+    kernel,
+    mean_loss,
+    memory,
+    warn,
+)
 from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
 
 _COMPILED = 8000  # on a CPU, with fewer samples a call of what torch.compile made costs too much
@@ -49,57 +61,6 @@ class _Held(NamedTuple):
     values: list[Tensor]
     places: bytes  # as the kernel gets them
     slots: list[tuple[nn.Linear, str, Tensor, int, torch.Size]]
-
-
-class _Derived(torch.autograd.Function):
-    """What a kernel gave, with its derivative: again the kernel's, and of that torch's.
-
-    With a target, the kernel gave a loss and its gradients, which go out with the first backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, given: tuple[Any, ...], *tensors: Tensor) -> Tensor:
-        result, ctx.target, ctx.gradients, ctx.call = given
-        ctx.save_for_backward(*tensors)
-        return cast(Tensor, result)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors, target, found, (kernel, *call, _) = ctx.saved_tensors, ctx.target, None, ctx.call
-        if not is_grad_enabled() and type(grad) is Tensor and _memory(grad) is not None:
-            found, ctx.gradients = ctx.gradients, None
-            if found is None:
-                needed = zip(tensors, ctx.needs_input_grad[1:], strict=True)
-                wanted = [tensor if needs else None for tensor, needs in needed]
-                given = grad.resolve_neg().contiguous() if target is None else None
-                _, found = kernel.gradients(*call, wanted, grad=given, target=target)
-            if target is not None and grad.item() != 1:
-                found = [None if each is None else each.mul_(grad) for each in found]
-        if found is None:
-            _, *options, softmax = kernel.chain
-            options.append(softmax and target is None)
-            pull = torch.func.vjp(lambda x, *p: _loss(formula(x, p, *options), target), *tensors)[1]
-            found = pull(grad)
-        return None, *found
-
-
-def _loss(output: Tensor, target: Tensor | None) -> Tensor:
-    """The mean cross-entropy, if there is a target."""
-    if target is None:
-        return output
-    return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
-
-
-def _memory(tensor: Tensor) -> Tensor | None:
-    """Its numbers; None for tensors of torch.func and others that have no memory.
-
-    Others may give `tensor` other memory at any time, but not what this returns.
-    """
-    try:
-        value = tensor.data
-        return value if value.data_ptr() else None
-    except RuntimeError:
-        return None
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:
@@ -252,7 +213,7 @@ class _Way:
             return _Held(tensors, [], b"", [])
         values: list[Tensor] = []
         for tensor, shape in zip(tensors, self._shapes, strict=True):
-            value = _memory(tensor)
+            value = memory(tensor)
             if tensor.shape != shape:
                 raise RuntimeError(_AGAIN)
             if value is None or value.dtype != self.dtype or not _is_plain(value):
@@ -337,7 +298,7 @@ class Fused(nn.Sequential):
         if type(input) not in _PLAIN:
             return f"the input is a {type(input).__name__}"
         way = self._ways.get((input.dtype, input.is_cpu)) or self._way(input)
-        x, softmax = _memory(input), structure.softmax
+        x, softmax = memory(input), structure.softmax
         if x is None:
             return "the input is empty or has no memory of its own, as in torch.func"
         shape = x.shape
@@ -382,7 +343,7 @@ class Fused(nn.Sequential):
         way.kernel.forward(samples, x, held.places, result)
         if derived:
             given = result, None, None, (way.kernel, samples, x, held.places, held)
-            result = _Derived.apply(given, input, *held.tensors)  # type: ignore[no-untyped-call]
+            result = Derived.apply(given, input, *held.tensors)  # type: ignore[no-untyped-call]
         return result if out is None else _into(out, result)
 
     def _place(self, out: Any, way: _Way, x: Tensor) -> Tensor | None:
@@ -394,7 +355,7 @@ class Fused(nn.Sequential):
             and _is_plain(out)
             and not (out.requires_grad or out.is_inference())
         )
-        return _memory(out) if fits else None
+        return memory(out) if fits else None
 
     def cross_entropy(self, input: Tensor, target: Tensor) -> Tensor:
         r"""Mean cross-entropy of the chain's output, with all gradients from one pass.
@@ -443,7 +404,7 @@ class Fused(nn.Sequential):
         if is_compiling():
             logits = self._traced(input, False)
         else:
-            logits, found, classes = None, self._prepare(input), _memory(target)
+            logits, found, classes = None, self._prepare(input), memory(target)
             classes = None if classes is None else classes.contiguous()
             self.__dict__["_reason"] = (
                 found if isinstance(found, str) and not self._why_not(input) else ""
@@ -460,10 +421,10 @@ class Fused(nn.Sequential):
                         return given[0]
                     call = way.kernel, samples, x, held.places, held
                     result = given[0], classes, given[1], call
-                    return cast(Tensor, _Derived.apply(result, *inputs))  # type: ignore[no-untyped-call]
+                    return cast(Tensor, Derived.apply(result, *inputs))  # type: ignore[no-untyped-call]
         if logits is None:
             logits = functools.reduce(lambda x, layer: layer(x), layers, input)
-        return _loss(logits, target)
+        return mean_loss(logits, target)
 
     def _eager(self, input: Tensor) -> Tensor:
         model = self._model[0]
@@ -550,7 +511,7 @@ def fuse(model: nn.Module) -> Fused:
         >>> fused.formulation
         'kernel'
         >>> fused(torch.zeros(1, 2))
-        tensor([[0.3333, 0.3333, 0.3333]], grad_fn=<_DerivedBackward>)
+        tensor([[0.3333, 0.3333, 0.3333]], grad_fn=<DerivedBackward>)
 
     Source: NNFS chapter 4; the kernel is fused.cpp.
     """

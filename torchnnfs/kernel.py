@@ -15,10 +15,10 @@ import warnings
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, get_num_threads
+from torch import Tensor, get_num_threads, is_grad_enabled
 from torch.nn import functional as F
 
 #: What the kernel stores and computes in, in C++.
@@ -211,7 +211,72 @@ chain.register_autograd(_backward, setup_context=_setup_context)
 
 @chain.register_vmap
 def _(info: Any, dims: Any, input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Any:
+    def first(tensor: Tensor, dim: int | None) -> Tensor:
+        size = info.batch_size
+        return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    x = first(input, dims[0])
     if all(dim is None for dim in dims[1]):  # samples in one dimension more
-        return chain(input.movedim(dims[0], 0), parameters, *options), 0
-    each = torch.vmap(lambda x, p: formula(x, p, *options), tuple(dims[:2]))
-    return each(input, parameters), 0
+        return chain(x, parameters, *options), 0
+    rest = iter([first(each, dim) for each, dim in zip(parameters, dims[1], strict=True)])
+    biases, relus, softmax = options
+    value = x.reshape(info.batch_size, -1, x.shape[-1])
+    for bias, relu in zip(biases, relus, strict=True):
+        value = value @ next(rest).mT
+        value = value + next(rest).unsqueeze(1) if bias else value
+        value = value.relu() if relu else value
+    value = value.softmax(-1) if softmax else value
+    return value.reshape(*x.shape[:-1], value.shape[-1]), 0
+
+
+class Derived(torch.autograd.Function):
+    """What a kernel gave, with its derivative: again the kernel's, and of that torch's.
+
+    With a target, the kernel gave a loss and its gradients, which go out with the first backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, given: tuple[Any, ...], *tensors: Tensor) -> Tensor:  # noqa: D102
+        result, ctx.target, ctx.gradients, ctx.call = given
+        ctx.save_for_backward(*tensors)
+        return cast(Tensor, result)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: D102
+        tensors, target, found, (kernel, *call, _) = ctx.saved_tensors, ctx.target, None, ctx.call
+        if not is_grad_enabled() and type(grad) is Tensor and memory(grad) is not None:
+            found, ctx.gradients = ctx.gradients, None
+            if found is None:
+                needed = zip(tensors, ctx.needs_input_grad[1:], strict=True)
+                wanted = [tensor if needs else None for tensor, needs in needed]
+                given = grad.resolve_neg().contiguous() if target is None else None
+                _, found = kernel.gradients(*call, wanted, grad=given, target=target)
+            if target is not None and grad.item() != 1:
+                found = [None if each is None else each.mul_(grad) for each in found]
+        if found is None:
+            _, *options, softmax = kernel.chain
+            options.append(softmax and target is None)
+            pull = torch.func.vjp(
+                lambda x, *p: mean_loss(formula(x, p, *options), target), *tensors
+            )[1]
+            found = pull(grad)
+        return None, *found
+
+
+def mean_loss(output: Tensor, target: Tensor | None) -> Tensor:
+    """The mean cross-entropy, if there is a target."""
+    if target is None:
+        return output
+    return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
+
+
+def memory(tensor: Tensor) -> Tensor | None:
+    """Its numbers; None for tensors of torch.func and others that have no memory.
+
+    Others may give `tensor` other memory at any time, but not what this returns.
+    """
+    try:
+        value = tensor.data
+        return value if value.data_ptr() else None
+    except RuntimeError:
+        return None
