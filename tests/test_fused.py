@@ -14,7 +14,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from torchnnfs import Dense, LazyDense, ReLU, Softmax, classifier, compare, fuse, fused, kernel
+from torchnnfs import (
+    Dense,
+    LazyDense,
+    ReLU,
+    Softmax,
+    chain,
+    classifier,
+    compare,
+    fuse,
+    fused,
+    kernel,
+)
 from torchnnfs.testing import Candidate, assert_agrees
 
 CHAINS = [
@@ -54,7 +65,7 @@ def no_kernel(monkeypatch):
         for cache in caches:
             cache.cache_clear()
         kernel.broken.clear()
-        fused._failures.clear()
+        chain.failures.clear()
 
     monkeypatch.setenv("CXX", "c++ -Dint=oops")
     forget()
@@ -282,8 +293,8 @@ def test_a_hook_elsewhere_costs_nothing(model, points, monkeypatch):
     def fail(*_):
         raise AssertionError("a way is made anew")
 
-    monkeypatch.setattr(fused._Way, "_hold", fail)
-    monkeypatch.setattr(fused, "_Way", fail)
+    monkeypatch.setattr(chain.Way, "_hold", fail)
+    monkeypatch.setattr(fused, "Way", fail)
     both(fused_model, points)
 
 
@@ -820,6 +831,10 @@ def test_models_that_cannot_be_fused():
     with pytest.raises(ValueError, match="at least one layer"):
         fuse(nn.Sequential())
     assert fuse(Dense(2, 3)).formulation == "kernel"
+    misfit = fuse(nn.Sequential(Dense(2, 3), Dense(4, 5)))
+    assert misfit.formulation == "eager, since the widths of its layers do not fit"
+    with pytest.raises(ValueError, match="expects a last dimension of 4"):
+        misfit(torch.ones(6, 2))
     assert (
         fuse(nn.Sequential(ReLU(), Dense(2, 3))).formulation
         == "eager, since ReLU breaks the order Dense, ReLU, ..., Softmax"

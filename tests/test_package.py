@@ -41,6 +41,7 @@ LAYERS = [
     "torchnnfs.testing.layers",
     "torchnnfs.testing.precision",
     "torchnnfs.fused",
+    "torchnnfs.chain",
     "torchnnfs.kernel",
     "torchnnfs.book",
     "torchnnfs.objects",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
@@ -23,44 +22,13 @@ from torch.nn.modules.module import (
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from torchnnfs.kernel import (
-    TYPES,
-    WIDEST,
-    Chain,
-    Derived,
-    Kernel,
-    broken,
-    chain,
-    formula,
-    kernel,
-    mean_loss,
-    memory,
-    warn,
-)
-from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
+from torchnnfs.chain import AGAIN, PLAIN, Held, Structure, Way, failures, is_plain
+from torchnnfs.kernel import TYPES, WIDEST, Chain, Derived, chain, formula, mean_loss, memory, warn
 
-_COMPILED = 8000  # on a CPU, with fewer samples a call of what torch.compile made costs too much
-
-_KNOWN = (Dense, LazyDense, ReLU, Softmax, nn.Linear, nn.ReLU, nn.Softmax)
-_PLAIN = frozenset([Tensor, nn.Parameter])
-_AGAIN = "the model's layers are not those that fuse saw; call fuse(model) again"
 _hooks = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
-_later: dict[type, type] = {LazyDense: Dense}  # what a layer becomes by its first input
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
-
-#: Chains that torch.compile failed at, and why.
-_failures: dict[Chain, str] = {}
-
-
-class _Held(NamedTuple):
-    """Parameters as a call read them, in memory that this holds: an address there stays theirs."""
-
-    tensors: list[Tensor]
-    values: list[Tensor]
-    places: bytes  # as the kernel gets them
-    slots: list[tuple[nn.Linear, str, Tensor, int, torch.Size]]
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:
@@ -94,142 +62,6 @@ def _compiled(chain: Chain) -> Callable[..., Tensor]:
     return compiled
 
 
-class _Structure:
-    """The layers of a model in the order of their calls."""
-
-    def __init__(self, model: nn.Sequential) -> None:
-        named = list(model.named_modules(remove_duplicate=False))
-        self.modules = [(each, _later.get(type(each), type(each))) for _, each in named]
-        inner = [each for _, each in named if type(each) is nn.Sequential]
-        self.sequences = [(each, [*each._modules.values()]) for each in inner]
-        self.layers = [each for _, each in named if type(each) is not nn.Sequential]
-        self.dense: list[nn.Linear] = []
-        self.relus: list[bool] = []
-        self.softmax: nn.Softmax | None = None
-        self.reason = ""  # why a kernel cannot compute them in this order
-        for layer in self.layers:
-            if type(layer) not in _KNOWN:
-                raise TypeError(
-                    "fuse expects a torch.nn.Sequential of Dense, ReLU and Softmax (or torch's "
-                    f"Linear, ReLU and Softmax), got {type(layer).__name__}"
-                )
-            if self.softmax is not None or not (self.dense or isinstance(layer, nn.Linear)):
-                self.reason = f"{type(layer).__name__} breaks the order Dense, ReLU, ..., Softmax"
-            elif isinstance(layer, nn.Linear):
-                self.dense.append(layer)
-                self.relus.append(False)
-            elif isinstance(layer, nn.Softmax):
-                self.softmax = layer
-            else:
-                self.relus[-1] = True
-
-    def chain(self) -> Chain:
-        """What a kernel for it has to compute, as its parameters are now."""
-        widths = (self.dense[0].weight.shape[1], *(len(each.weight) for each in self.dense))
-        biases = tuple(each.bias is not None for each in self.dense)
-        return Chain(widths, biases, tuple(self.relus), self.softmax is not None)
-
-    def is_changed(self) -> bool:
-        """Whether layers were replaced."""
-        return any([*each._modules.values()] != layers for each, layers in self.sequences)
-
-    def why_not(self) -> str:
-        """Why the layers must compute; "" if they need not."""
-        for module, kind in self.modules:
-            here = module.__dict__
-            if (
-                type(module) is not kind
-                or "forward" in here
-                or here["_forward_hooks"]
-                or here["_forward_pre_hooks"]
-                or here["_backward_hooks"]
-                or here["_backward_pre_hooks"]
-            ):
-                if type(module) is LazyDense:
-                    return "a LazyDense had no input yet"
-                if type(module) is not kind:
-                    return f"a {kind.__name__} became a {type(module).__name__}"
-                return f"a {kind.__name__} has hooks or a forward of its own"
-        return self.reason
-
-
-class _Way:
-    """How a chain is computed in one dtype, on the CPU or elsewhere."""
-
-    def __init__(self, structure: _Structure, dtype: torch.dtype, is_cpu: bool) -> None:
-        self.dtype, self.chain, dense = dtype, structure.chain(), structure.dense
-        self.inputs, self.outputs = self.chain.widths[0], self.chain.widths[-1]
-        self.kernel: Kernel | None = None
-        self.reason = _failures.get(self.chain, "it is not on the CPU")
-        # From how many samples on torch.compile is better than the layers.
-        self.compiled = math.inf if self.chain in _failures else 0.0
-        if is_cpu and (dtype not in TYPES or max(self.chain.widths) > WIDEST):
-            self.reason, self.compiled = f"it is wider than {WIDEST}, or of {dtype}", math.inf
-        elif is_cpu:
-            found = kernel(self.chain, dtype)
-            if isinstance(found, Kernel):
-                self.kernel, self.reason = found, ""
-            elif os.environ.get("CXX", "c++") in broken:
-                self.reason, self.compiled = found, math.inf
-            elif self.chain not in _failures:
-                self.reason, self.compiled = found, _COMPILED
-        self.least = self.kernel.least if self.kernel else self.compiled
-        names = ("weight", "bias")
-        self._slots = [(e, n) for e in dense for n in names if getattr(e, n) is not None]
-        self._bare = [each for each in dense if each.bias is None]
-        self._shapes = [getattr(layer, name).shape for layer, name in self._slots]
-        self._held: _Held | None = None
-
-    def read(self) -> _Held | str:
-        """The parameters as they are now; or why the layers must read them."""
-        for layer in self._bare:
-            if layer.bias is not None:
-                raise RuntimeError(_AGAIN)
-        held = self._held
-        if held is None:
-            return self._hold()
-        for layer, name, known, address, shape in held.slots:
-            tensor = layer._parameters.get(name)
-            if (
-                tensor is not known
-                or tensor.data_ptr() != address
-                or tensor.dtype is not self.dtype
-                or tensor.shape != shape
-                or not tensor.is_contiguous()
-            ):
-                return self._hold()
-        return held
-
-    def _hold(self) -> _Held | str:
-        tensors: list[Any] = []
-        for layer, name in self._slots:
-            tensor = layer._parameters.get(name)
-            if tensor is None and name in layer._parameters:
-                raise RuntimeError(_AGAIN)
-            if type(tensor) not in _PLAIN:
-                return f"a {name} is not a plain tensor, or is computed anew at each call"
-            tensors.append(tensor)
-        if self.kernel is None:
-            return _Held(tensors, [], b"", [])
-        values: list[Tensor] = []
-        for tensor, shape in zip(tensors, self._shapes, strict=True):
-            value = memory(tensor)
-            if tensor.shape != shape:
-                raise RuntimeError(_AGAIN)
-            if value is None or value.dtype != self.dtype or not _is_plain(value):
-                return "a parameter is not contiguous memory of the input's dtype and device"
-            values.append(value)
-        rows = zip(self._slots, tensors, values, self._shapes, strict=True)
-        slots = [(*slot, tensor, value.data_ptr(), shape) for slot, tensor, value, shape in rows]
-        self._held = held = _Held(tensors, values, self.kernel.places(values), slots)
-        return held
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a kernel can work on its memory as it is."""
-    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
-
-
 class Fused(nn.Sequential):
     """What `fuse` gives; see there."""
 
@@ -242,14 +74,14 @@ class Fused(nn.Sequential):
     def _follow(self, model: nn.Sequential) -> None:
         self._modules = model._modules
         self._model = [model]  # in a list, so that it is no submodule
-        self._structure = _Structure(model)
-        self._ways: dict[Any, _Way] = {}
+        self._structure = Structure(model)
+        self._ways: dict[Any, Way] = {}
 
     @property
     def formulation(self) -> str:
         """How it is computed: "kernel", "torch.compile" or "eager", and why not the first."""
         if self._structure.is_changed():
-            return f"none, since {_AGAIN}"
+            return f"none, since {AGAIN}"
         reason = self._why_not(None) or self._reason
         if not reason:
             way = self._way(self._structure.dense[0].weight)
@@ -280,22 +112,22 @@ class Fused(nn.Sequential):
             return "a hook is registered for all modules"
         return self._structure.why_not()
 
-    def _way(self, tensor: Tensor) -> _Way:
-        way = self._ways[tensor.dtype, tensor.is_cpu] = _Way(
+    def _way(self, tensor: Tensor) -> Way:
+        way = self._ways[tensor.dtype, tensor.is_cpu] = Way(
             self._structure, tensor.dtype, tensor.is_cpu
         )
         return way
 
-    def _prepare(self, input: Any) -> tuple[_Way, Tensor, int, _Held] | str:
+    def _prepare(self, input: Any) -> tuple[Way, Tensor, int, Held] | str:
         """What to compute, on what and how many samples; or why the layers must do it."""
         structure = self._structure
         for sequence, layers in structure.sequences:
             if [*sequence._modules.values()] != layers:
-                raise RuntimeError(_AGAIN)
+                raise RuntimeError(AGAIN)
         reason = self._why_not(input)
         if reason:
             return reason
-        if type(input) not in _PLAIN:
+        if type(input) not in PLAIN:
             return f"the input is a {type(input).__name__}"
         way = self._ways.get((input.dtype, input.is_cpu)) or self._way(input)
         x, softmax = memory(input), structure.softmax
@@ -346,13 +178,13 @@ class Fused(nn.Sequential):
             result = Derived.apply(given, input, *held.tensors)  # type: ignore[no-untyped-call]
         return result if out is None else _into(out, result)
 
-    def _place(self, out: Any, way: _Way, x: Tensor) -> Tensor | None:
+    def _place(self, out: Any, way: Way, x: Tensor) -> Tensor | None:
         """The memory of `out`, if a kernel can write there unasked."""
         fits = (
             type(out) is Tensor
             and out.dtype == x.dtype
             and out.shape == (*x.shape[:-1], way.outputs)
-            and _is_plain(out)
+            and is_plain(out)
             and not (out.requires_grad or out.is_inference())
         )
         return memory(out) if fits else None
@@ -433,14 +265,14 @@ class Fused(nn.Sequential):
         output: Tensor = model(input) if is_special else super().forward(input)  # type: ignore[no-untyped-call]
         return output
 
-    def _compile(self, way: _Way, input: Tensor, tensors: list[Tensor]) -> Tensor:
+    def _compile(self, way: Way, input: Tensor, tensors: list[Tensor]) -> Tensor:
         try:
             return _compiled(way.chain)(input, *tensors)
         except RuntimeError as error:
             result = self._eager(input)  # if this fails too, it was the input
-            _failures[way.chain] = str(error).strip().partition("\n")[0]
+            failures[way.chain] = str(error).strip().partition("\n")[0]
             self._ways.clear()
-            warn(f"torch.compile failed, eager torch is used: {_failures[way.chain]}")
+            warn(f"torch.compile failed, eager torch is used: {failures[way.chain]}")
             return result
 
     def _traced(self, input: Tensor, softmax: bool) -> Tensor | None:
