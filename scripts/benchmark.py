@@ -41,8 +41,8 @@ OURS = {
     "training": ("fused.cross_entropy", "fused"),
     "layers": (),
 }
-#: Beyond this part of its median, half of the rounds of the middle peer: nothing can be believed.
-BUSY = 0.3
+#: Where half of the rounds give ratios as far apart as this part of their median, none is believed.
+BUSY = 1.0
 
 
 def seconds(call: Call, number: int, device: torch.device) -> float:
@@ -112,9 +112,9 @@ def measure(calls: dict[str, Call], rounds: int, device: torch.device) -> list[d
 
 
 def unrest(rows: list[dict]) -> float:
-    """How far apart the quartiles of the middle peer are, as a part of its median."""
+    """How far apart the quartiles of the middle peer's ratio are, as a part of its median."""
     return statistics.median(
-        (row["quartiles"][1] - row["quartiles"][0]) / row["microseconds"] for row in rows
+        (row["ratio_quartiles"][1] - row["ratio_quartiles"][0]) / row["ratio"] for row in rows[1:]
     )
 
 
@@ -180,7 +180,7 @@ def best_other(result: dict) -> tuple[str, float] | None:
 def verdict(result: dict) -> str:
     if result["unrest"] > BUSY:
         return (
-            f"The machine is too busy: half of the rounds differ by {result['unrest']:.0%} or more."
+            f"The machine is too busy: half of the ratios differ by {result['unrest']:.0%} or more."
             " No ratio of this can be believed; run it again when nothing else runs."
         )
     best, times = best_other(result), {row["peer"]: row["ratio"] for row in result["peers"]}
@@ -218,6 +218,15 @@ def summary(results: list[dict], kind: str) -> str:
         ]
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def filled(text: str, results: list[dict]) -> str:
+    """A document with the tables of the record between its marks."""
+    for kind in ("forward", "training"):
+        before, mark, rest = text.partition(f"<!-- {kind} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{mark}{summary(results, kind)}\n{end}{after}"
+    return text
 
 
 def table(result: dict) -> Table:
@@ -319,7 +328,8 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=["forward", "training"], metavar="TABLE")
     parser.add_argument("--widest", type=int, help="take kernels up to this width, and always")
     parser.add_argument("--layers", action="store_true", help="our layers beside torch's instead")
-    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/speed.md")
+    parser.add_argument("--again", action="store_true", help="measure nothing, read --json instead")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="put the tables there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there")
     arguments = parser.parse_args()
@@ -346,8 +356,10 @@ def main() -> None:
             file=sys.stderr,
         )
     console = Console(width=None if Console().is_terminal else 120)
-    results: list[dict] = []
-    for result in run(arguments):
+    results: list[dict] = (
+        json.loads(arguments.json.read_text())["results"] if arguments.again else []
+    )
+    for result in () if arguments.again else run(arguments):
         results.append(result)
         console.print(table(result))
         if arguments.json:
@@ -362,8 +374,8 @@ def main() -> None:
             partial.replace(arguments.json)  # so that the file is whole at any time
     if arguments.plot:
         plot(results, arguments.plot)
-    for kind in arguments.tables if arguments.markdown else ():
-        print(summary(results, kind), end="\n\n")
+    if arguments.docs:
+        arguments.docs.write_text(filled(arguments.docs.read_text(), results))
 
 
 if __name__ == "__main__":

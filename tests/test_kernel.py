@@ -1,0 +1,206 @@
+"""How kernels are made, what happens without one, and the operation that torch sees."""
+
+import stat
+import tempfile
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from torchnnfs import chain, classifier, fuse, fused, kernel
+from torchnnfs.testing import assert_agrees
+
+
+def lively(*widths, dtype=torch.float32, **keywords):
+    """A network whose outputs differ from row to row."""
+    model = classifier(*widths, **keywords)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=1.0)
+    return model.to(dtype)
+
+
+@pytest.fixture
+def model():
+    return lively(2, 5, 3)
+
+
+@pytest.fixture
+def points():
+    return torch.randn(300, 2)
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """A C++ compiler that fails, and nothing that one compiled before."""
+
+    caches = kernel.kernel, kernel.warn, fused._compiled
+
+    def forget():
+        for cache in caches:
+            cache.cache_clear()
+        kernel.broken.clear()
+        chain.failures.clear()
+
+    monkeypatch.setenv("CXX", "c++ -Dint=oops")
+    forget()
+    yield
+    forget()
+
+
+def both(fused_model, input):
+    """What the fused model and its layers give, without gradients."""
+    with torch.no_grad():
+        return fused_model(input), nn.Sequential.forward(fused_model, input)
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+COMPILERS = {
+    "missing": ("no-such-compiler", r"there is no C\+\+ compiler 'no-such-compiler'; eager torch"),
+    "empty": ("", r"there is no C\+\+ compiler ''; eager torch is used"),
+    "fails": (None, r"the C\+\+ compiler failed \(.*error: "),
+    "makes no file": ("true", "'true' made no library with a kernel in it"),
+    "makes a file of another kind": (
+        'while [ "$1" != -o ]; do shift; done; echo no > "$2"',
+        "made no",
+    ),
+    "makes another library": (
+        'echo \'int other;\' > "$0.cpp"; while [ "$1" != -o ]; do shift; done; '
+        'c++ -shared -fPIC -o "$2" "$0.cpp"',
+        "made no library with a kernel in it",
+    ),
+    "hangs": ("sleep 1000 & sleep 1000", "took longer than 0.2 seconds"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILERS)
+def test_without_a_kernel_there_is_one_warning(
+    no_kernel, model, points, kind, monkeypatch, tmp_path
+):
+    text, warning = COMPILERS[kind]
+    if text is not None:
+        whole = " " in text
+        monkeypatch.setenv("CXX", script(tmp_path / "compiler", text) if whole else text)
+    if kind == "hangs":
+        monkeypatch.setattr(kernel, "COMPILE_SECONDS", 0.2)
+    start = time.monotonic()
+    with pytest.warns(RuntimeWarning, match=warning) as caught:
+        results = [both(fuse(each), points) for each in (model, lively(2, 6, 3))]
+    assert len(caught) == 1
+    assert all(torch.equal(got, expected) for got, expected in results)
+    assert fuse(model).formulation.split(",")[0] in ("eager", "torch.compile")
+    assert time.monotonic() - start < 30
+
+
+def test_nothing_is_left_on_disk(no_kernel, points, monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    both(fuse(lively(2, 5, 3)), points)
+    assert isinstance(kernel.kernel.cache_info().currsize, int)
+    assert kernel.kernel.cache_info().currsize == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:fuse:RuntimeWarning")
+def test_then_torch_compile_computes_large_batches(no_kernel):
+    model, input = lively(2, 5, 3), torch.randn(9000, 2)
+    fused_model = fuse(model)
+    with torch.no_grad():
+        got = fused_model(input)
+        assert fused_model.formulation.startswith("torch.compile, since the C++ compiler failed")
+        assert torch.equal(fused_model(input[:8001]), got[:8001])
+    assert_agrees(model, input, candidates=["fused"])
+
+
+def test_and_where_that_fails_eager_torch(no_kernel, model, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no compiler at all\nand more")
+
+    monkeypatch.setattr(fused, "_compiled", lambda chain: fail)
+    input, fused_model = torch.randn(9000, 2), fuse(model)
+    with pytest.warns(RuntimeWarning) as caught:
+        got, expected = both(fused_model, input)
+    assert torch.equal(got, expected)
+    assert [str(each.message).partition(":")[0] for each in caught] == ["fuse", "fuse"]
+    assert fused_model.formulation == fuse(model).formulation == "eager, since no compiler at all"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compile_and_export_see_one_operation(model, points):
+    fused_model = fuse(model)
+    compiled = torch.compile(fused_model, fullgraph=True, dynamic=True)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = fused_model(points)
+        assert torch.equal(compiled(points), expected)
+        assert torch.equal(compiled(points[:9]), expected[:9])
+        program = torch.export.export(fused_model, (points,))
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls == [torch.ops.torchnnfs.chain.default]
+    assert torch.equal(program.module()(points), expected)
+    got = torch.autograd.grad(compiled(points).log().mean(), list(model.parameters()))
+    wanted = torch.autograd.grad(model(points).log().mean(), list(model.parameters()))
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("softmax", "biases"),
+    [(True, [True, True]), (True, [False, False]), (False, [False, True])],
+    ids=str,
+)
+def test_the_operation_is_a_good_citizen_of_torch(softmax, biases):
+    shapes = [(5, 2), (5,), (3, 5), (3,)]
+    there = [True, biases[0], True, biases[1]]
+    parameters = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape, is_there in zip(shapes, there, strict=True)
+        if is_there
+    ]
+
+    def call(x, *parameters):
+        return torch.ops.torchnnfs.chain(x, list(parameters), biases, [True, False], softmax)
+
+    for x in (torch.randn(4, 2), torch.randn(2), torch.randn(2, 3, 2)):
+        x = x.double().requires_grad_()
+        arguments = (x, parameters, biases, [True, False], softmax)
+        torch.library.opcheck(torch.ops.torchnnfs.chain.default, arguments)
+        assert torch.autograd.gradcheck(call, (x, *parameters))
+        assert torch.autograd.gradgradcheck(call, (x, *parameters))
+
+
+def test_the_operation_under_vmap():
+    shapes = [(5, 2), (5,), (3, 5)]
+    one = [torch.randn(shape) for shape in shapes]
+    many = [torch.randn(4, *shape) for shape in shapes]
+    input = torch.randn(4, 6, 2)
+
+    def call(x, parameters):
+        return torch.ops.torchnnfs.chain(x, parameters, [True, False], [True, False], True)
+
+    for dims, x, parameters in (
+        ((0, None), input, one),
+        ((None, 0), input[0], many),
+        ((0, 0), input, many),
+    ):
+        got = torch.vmap(call, dims)(x, parameters)
+        for i in range(4):
+            own = [each[i] for each in parameters] if dims[1] == 0 else parameters
+            torch.testing.assert_close(got[i], call(x[i] if dims[0] == 0 else x, own))
+    got = torch.vmap(call, (1, None))(input, one)
+    torch.testing.assert_close(got, call(input, one).movedim(1, 0))
+
+
+def test_infinite_gradients_of_dead_neurons():
+    weight = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    input = torch.ones(3, 2, requires_grad=True)
+    output = torch.ops.torchnnfs.chain(input, [weight], [False], [True], False)
+    output.backward(torch.full_like(output, float("inf")))
+    assert torch.equal(weight.grad, torch.zeros(1, 2))
+    assert torch.equal(input.grad, torch.zeros(3, 2))
