@@ -28,6 +28,7 @@ def points():
 
 TRANSFORMATIONS = {
     "vmap": lambda f, x: torch.vmap(f)(x.reshape(10, 30, 2)),
+    "vmap around a constant": lambda f, x: torch.vmap(lambda scale: f(x) * scale)(torch.ones(2)),
     "jacrev": lambda f, x: torch.func.jacrev(f)(x[0]),
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
     "functional_call": lambda f, x: torch.func.functional_call(

@@ -269,3 +269,28 @@ def test_cross_entropy_where_the_layers_compute(model, points):
     assert calls == [1]
     compiled = torch.compile(fused_model.cross_entropy, fullgraph=True)
     torch.testing.assert_close(compiled(points, target), expected)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.reshape(2, 50).T,
+    "every other row": lambda x: x[::2],
+    "expanded": lambda x: x[:1].expand(9, 2),
+    "three dimensions": lambda x: x.reshape(5, 10, 2).transpose(0, 1),
+    "one sample": lambda x: x[3],
+    "empty": lambda x: x[:0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_an_input_of_any_layout(model, layout):
+    for call in (fuse(model), fuse(model[:-1])):
+        input = torch.randn(50, 2).requires_grad_()
+        got = torch.autograd.grad(call(LAYOUTS[layout](input)).pow(2).sum(), input)
+        expected = nn.Sequential.forward(call, LAYOUTS[layout](input))
+        torch.testing.assert_close(got, torch.autograd.grad(expected.pow(2).sum(), input))
+        target = torch.zeros(LAYOUTS[layout](input).shape[:-1], dtype=torch.long)
+        if target.numel():
+            got = torch.autograd.grad(call.cross_entropy(LAYOUTS[layout](input), target), input)
+            logits = nn.Sequential.forward(fuse(model[:-1]), LAYOUTS[layout](input))
+            loss = F.cross_entropy(logits.reshape(-1, 3), target.reshape(-1))
+            torch.testing.assert_close(got, torch.autograd.grad(loss, input))

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch._C import _are_functorch_transforms_active  # which has no public name
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
@@ -101,6 +102,8 @@ class Fused(nn.Sequential):
             return "a mode or a subclass of torch's takes part"
         if is_autocast_enabled("cpu"):
             return "autocast is on"
+        if _are_functorch_transforms_active():
+            return "a transformation of torch.func follows each layer"
         if _is_tracing() or forward_ad._current_level >= 0:
             return "torch.jit.trace or forward-mode differentiation follows each layer"
         if (
@@ -132,7 +135,7 @@ class Fused(nn.Sequential):
         way = self._ways.get((input.dtype, input.is_cpu)) or self._way(input)
         x, softmax = memory(input), structure.softmax
         if x is None:
-            return "the input is empty or has no memory of its own, as in torch.func"
+            return "the input is empty or has no memory of its own"
         shape = x.shape
         if not shape or shape[-1] != way.inputs:
             return "the input is not what the layers expect"

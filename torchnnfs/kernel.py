@@ -85,7 +85,7 @@ class Kernel:
         They are those for the gradient `grad` of the output, or those of the cross-entropy of a
         `target`; None if that has other numbers than those of classes.
         """
-        first, *rest = found = [None if t is None else torch.empty_like(t) for t in wanted]
+        first, *rest = found = [None if t is None else x.new_empty(*t.shape) for t in wanted]
         loss = x.new_empty(())
         ends = (0 if t is None else t.data_ptr() for t in (x, grad, target, first, loss))
         told = struct.pack("7q", samples, get_num_threads(), *ends) + places + self.places(rest)
@@ -271,7 +271,7 @@ def mean_loss(output: Tensor, target: Tensor | None) -> Tensor:
 
 
 def memory(tensor: Tensor) -> Tensor | None:
-    """Its numbers; None for tensors of torch.func and others that have no memory.
+    """Its numbers; None for tensors that have no memory of their own, or no numbers.
 
     Others may give `tensor` other memory at any time, but not what this returns.
     """
