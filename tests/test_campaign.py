@@ -22,9 +22,13 @@ def campaign():
     spec = importlib.util.spec_from_file_location("campaign", ROOT / "scripts" / "campaign.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["campaign"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["campaign"]
+    sys.path.insert(0, str(ROOT / "scripts"))  # where a script finds the files beside it
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+        del sys.modules["campaign"]
 
 
 @pytest.fixture

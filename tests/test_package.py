@@ -52,6 +52,7 @@ LAYERS = [
     "torchnnfs.spiral",
     "torchnnfs.streams",
     "torchnnfs.checks",
+    "torchnnfs.version",
 ]
 FILES = sorted(ROOT.rglob("*.py"))
 WITHOUT_TORCH = [ROOT / "testing" / "precision.py", *(ROOT / "testing" / "layers").glob("*.py")]

@@ -7,12 +7,14 @@ from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax, classifier
 from torchnnfs.spiral import spiral
 from torchnnfs.streams import book_numpy
 from torchnnfs.testing import compare
+from torchnnfs.version import __version__
 
 __all__ = [
     "Dense",
     "LazyDense",
     "ReLU",
     "Softmax",
+    "__version__",
     "book",
     "book_numpy",
     "classifier",

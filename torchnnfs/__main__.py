@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 import numpy as np
@@ -37,6 +36,7 @@ from torchnnfs.testing.models import leaves
 from torchnnfs.testing.page import compute as compute_page
 from torchnnfs.testing.page import show as show_page
 from torchnnfs.testing.report import show
+from torchnnfs.version import __version__
 
 AGREES, DISAGREES, USAGE, MISSING = 0, 1, 2, 3
 
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="torchnnfs",
         description="Neural Networks from Scratch, chapter 4, in PyTorch, proven equal to NumPy.",
     )
-    parser.add_argument("--version", action="version", version=f"torchnnfs {version('torchnnfs')}")
+    parser.add_argument("--version", action="version", version=f"torchnnfs {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     command = commands.add_parser(
         "compare",

@@ -215,6 +215,7 @@ class Fused(nn.Sequential):
             IndexError: a target that is no class.
 
         Example:
+            >>> from torchnnfs import Dense, ReLU, Softmax
             >>> fused = fuse(nn.Sequential(Dense(2, 3), ReLU(), Dense(3, 3), Softmax()))
             >>> loss = fused.cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1, 2, 0]))
             >>> loss.backward()
@@ -341,6 +342,7 @@ def fuse(model: nn.Module) -> Fused:
         RuntimeWarning: once, where the compiler is missing or fails.
 
     Example:
+        >>> from torchnnfs import Dense, ReLU, Softmax
         >>> model = nn.Sequential(Dense(2, 3), ReLU(), Dense(3, 3), Softmax())
         >>> fused = fuse(model)
         >>> fused.formulation
