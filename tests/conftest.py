@@ -9,6 +9,24 @@ import torch
 from torchnnfs import classifier, compare, spiral
 from torchnnfs.testing.candidates import devices_here
 
+#: Files whose tests compile, start processes or train, and single ones; scripts/test --quick leaves
+#: them out.
+SLOW = ("compatibility/", "test_campaign.py", "test_docs.py", "test_fused", "test_kernel.py")
+SLOW += (
+    "test_gradients.py",
+    "test_chapters.py",
+    "test_notebook.py",
+    "test_main.py",
+    "test_html.py",
+)
+SLOW += ("test_the_page_whatever", "test_transformations_leave", "test_importing_seeds", ".md")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(name in item.nodeid for name in SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(params=devices_here(), ids=str)
 def device(request):
