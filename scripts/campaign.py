@@ -214,7 +214,7 @@ DATA: dict[str, Callable[[np.random.RandomState, tuple[int, ...]], np.ndarray]] 
 }
 
 
-def excesses(widths: Iterable[int] = WIDTHS) -> list[dict[str, Any]]:
+def excesses(widths: Iterable[int]) -> list[dict[str, Any]]:
     """For each width the largest excess of what is right, and the smallest of what is wrong.
 
     Dense layers of eight outputs on a hundred rows; wrong ones in float32 alone.
@@ -320,7 +320,7 @@ def record(tallies: Tallies, alarms: Sequence[Alarm], argv: Sequence[str]) -> di
             {"kind": kind, "candidate": name, "dtype": dtype, **tally.as_dict()}
             for (kind, name, dtype), tally in tallies.items()
         ],
-        "excess": excesses(),
+        "excess": excesses(WIDTHS),
         "false alarms": [
             {"network": alarm.network, "kind": alarm.kind, "candidate": row.candidate}
             | {"dtype": row.dtype, "layer": row.label, "basis": row.basis, "reason": row.reason}
@@ -343,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(markdown(HEADINGS, tolerance_rows()))
         return 0
     if arguments.excess:
-        print(excess_table(excesses()))
+        print(excess_table(excesses(WIDTHS)))
         return 0
     if arguments.only is not None:
         told = list(judged(arguments.only, arguments.seed, SLOW))

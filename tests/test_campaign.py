@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import json
 import re
 import statistics
@@ -19,16 +19,12 @@ PAGE = ROOT / "docs" / "judge.md"
 
 @pytest.fixture(scope="module")
 def campaign():
-    spec = importlib.util.spec_from_file_location("campaign", ROOT / "scripts" / "campaign.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["campaign"] = module
-    sys.path.insert(0, str(ROOT / "scripts"))  # where a script finds the files beside it
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-        del sys.modules["campaign"]
+    sys.path.insert(0, str(ROOT / "scripts"))
+    module = importlib.import_module("campaign")
+    yield module
+    sys.path.remove(str(ROOT / "scripts"))
+    for name in ("campaign", "networks"):
+        del sys.modules[name]
 
 
 @pytest.fixture
@@ -42,40 +38,68 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 def test_no_correct_network_is_called_wrong_and_no_bound_is_out_of_reach(campaign):
-    tallies, alarms = campaign.campaign(range(200), 0)
-    assert not alarms, "\n".join(f"network {index}:\n{each}" for index, each in alarms)
+    tallies, alarms = campaign.campaign(range(41), 0)
+    assert not alarms, "\n".join(
+        f"{each.kind} {each.network}:\n{each.comparison}" for each in alarms
+    )
+    kinds = {kind for kind, _, _ in tallies}
+    assert {"dense chain", "other layers", *campaign.RIGHT} <= kinds
+    own = kinds & set(campaign.OWN)
+    assert own
+    assert {f"{kind}, reference NumPy" for kind in own} <= kinds
     dtypes = ["float64", "float32", "bfloat16", "float16"]
-    assert list(tallies) == [("eager", dtype) for dtype in dtypes]
-    assert all(tally.networks == 200 for tally in tallies.values())
-    assert all(tally.largest <= 1 for tally in tallies.values())
+    assert {dtype for _, _, dtype in tallies} == set(dtypes)
+    assert all(tallies["dense chain", "eager", dtype].networks == 41 for dtype in dtypes)
+    assert all(tally.largest <= 1 and tally.excess < 4 for tally in tallies.values())
     for dtype in dtypes[1:]:
-        assert statistics.median(tallies["eager", dtype].dense) > 0.01
+        assert statistics.median(tallies["dense chain", "eager", dtype].dense) > 0.01
     # NumPy and torch share their bits, more often than not, where both compute in float64.
-    extended = tallies["eager", "float64"].extended
+    extended = tallies["dense chain", "eager", "float64"].extended
     if np.finfo(np.longdouble).nmant > 52:
         assert 0.01 < statistics.median(extended) <= max(extended) <= 1
 
 
 def test_a_network_is_the_same_alone(campaign):
-    (model, points), (again, same) = campaign.network(0, 3), campaign.network(0, 3)
-    assert torch.equal(points, same)
-    pairs = zip(model.parameters(), again.parameters(), strict=True)
-    assert all(torch.equal(one, two) for one, two in pairs)
-    other = campaign.network(1, 3)[1]
-    assert points.shape != other.shape or not torch.equal(points, other)
+    for draw in (campaign.network, campaign.other_layers, campaign.own_forward):
+        (*_, model, points), (*_, again, same) = draw(0, 3), draw(0, 3)
+        assert torch.equal(points, same)
+        pairs = zip(model.parameters(), again.parameters(), strict=True)
+        assert all(torch.equal(one, two) for one, two in pairs)
+        *_, other = draw(1, 3)
+        assert points.shape != other.shape or not torch.equal(points, other)
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("width", [1, 64, 1024])
+def test_excess_tells_right_from_wrong(campaign, width):
+    (found,) = campaign.excesses([width])
+    assert all(found[dtype] < 2 for dtype in ("float64", "float32", "bfloat16", "float16"))
+    assert found["TF32"] > 4
+    assert found["bfloat16 partial sums"] > 1000
+    assert width > 64 or found["noise of 1e-6"] > 4
+
+
+def test_the_record_is_of_many_networks_and_no_alarm():
+    record = json.loads((ROOT / "results" / "campaign.json").read_text())
+    assert record["false alarms"] == []
+    chains = [row for row in record["results"] if row["kind"] == "dense chain"]
+    assert [row["networks"] for row in chains if row["candidate"] == "eager"] == [2000] * 4
+    assert all((row["largest excess"] or 0) < 4 for row in record["results"])
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_campaign_can_fail(campaign, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(campaign, "SLOW", ())
+    monkeypatch.setattr(campaign, "WIDTHS", (4,))
     file = tmp_path / "new" / "campaign.json"
-    command = ["--networks", "8", "--json", str(file)]
+    command = ["--networks", "4", "--json", str(file)]
     assert campaign.main(command) == 0
     assert json.loads(file.read_text())["false alarms"] == []
 
     monkeypatch.setattr(ReLU, "forward", lambda self, input: F.leaky_relu(input, 1e-3))
     assert campaign.main(command) == 1
     document = json.loads(file.read_text())
-    assert document["command"].startswith("scripts/campaign.py --networks 8 --json")
+    assert document["command"].startswith("scripts/campaign.py --networks 4 --json")
     assert document["environment"]["torch"] == torch.__version__
     alarms = document["false alarms"]
     assert {alarm["dtype"] for alarm in alarms} == {"float64", "float32", "bfloat16", "float16"}
@@ -83,7 +107,7 @@ def test_the_campaign_can_fail(campaign, monkeypatch, capsys, tmp_path):
     assert sum(row["disagree"] for row in document["results"]) == len(alarms)
     printed = capsys.readouterr().out
     index = alarms[0]["network"]
-    assert f"network {index} is right and was called wrong:\n" in printed
+    assert f"network {index} ({alarms[0]['kind']}) is right and was called wrong:\n" in printed
     assert "DISAGREES: eager on cpu in float64" in printed
     assert campaign.main(["--only", str(index)]) == 1
     assert "DISAGREES: eager on cpu in float64" in capsys.readouterr().out
@@ -96,8 +120,11 @@ def words_and_sizes(rows):
 
 def test_what_a_tolerance_lets_through_is_what_the_page_says(campaign, capsys):
     assert campaign.main(["--table"]) == 0
-    words, sizes = words_and_sizes(capsys.readouterr().out.splitlines())
-    written = re.findall(r"^\| (?!broken twin|---).*\|$", PAGE.read_text(), re.M)
+    printed = capsys.readouterr().out.splitlines()
+    words, sizes = words_and_sizes(printed[2:])
+    page = PAGE.read_text()
+    _, written = page.split("\n".join(printed[:2]) + "\n")
+    written = written.split("\n\n")[0].splitlines()
     written_words, written_sizes = words_and_sizes(written)
     assert written_words == words
     for size, written_size in zip(sizes, written_sizes, strict=True):

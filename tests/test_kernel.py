@@ -1,5 +1,6 @@
 """How kernels are made, what happens without one, and the operation that torch sees."""
 
+import importlib
 import stat
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def no_kernel(monkeypatch):
         kernel.broken.clear()
         chain.failures.clear()
 
+    importlib.import_module("torch._inductor.config")  # torch.compile keeps the compiler it finds
     monkeypatch.setenv("CXX", "c++ -Dint=oops")
     forget()
     yield

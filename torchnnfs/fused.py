@@ -215,8 +215,8 @@ class Fused(nn.Sequential):
             IndexError: a target that is no class.
 
         Example:
-            >>> from torchnnfs import Dense, ReLU, Softmax
-            >>> fused = fuse(nn.Sequential(Dense(2, 3), ReLU(), Dense(3, 3), Softmax()))
+            >>> from torchnnfs import classifier
+        >>> fused = fuse(classifier(2, 3, 3))
             >>> loss = fused.cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1, 2, 0]))
             >>> loss.backward()
             >>> fused[2].bias.grad
@@ -342,8 +342,8 @@ def fuse(model: nn.Module) -> Fused:
         RuntimeWarning: once, where the compiler is missing or fails.
 
     Example:
-        >>> from torchnnfs import Dense, ReLU, Softmax
-        >>> model = nn.Sequential(Dense(2, 3), ReLU(), Dense(3, 3), Softmax())
+        >>> from torchnnfs import classifier
+        >>> model = classifier(2, 3, 3)
         >>> fused = fuse(model)
         >>> fused.formulation
         'kernel'

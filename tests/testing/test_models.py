@@ -47,48 +47,14 @@ VECTORS, PICTURES, SEQUENCES = (9, 6), (3, 4, 8, 8), (3, 4, 9)
 
 #: Chains in which every layer is known, and the shape of their input; None: integers.
 CHAINS = {
-    "pointwise": (
-        [
-            nn.Linear(6, 5),
-            nn.LeakyReLU(0.2),
-            nn.Linear(5, 5),
-            nn.Tanh(),
-            nn.Linear(5, 5),
-            nn.Sigmoid(),
-            nn.Linear(5, 5),
-            nn.GELU(),
-            nn.Linear(5, 4),
-            nn.GELU(approximate="tanh"),
-        ],
-        VECTORS,
-    ),
+    "pointwise": ([nn.LeakyReLU(0.2), nn.Tanh(), nn.Linear(6, 5), nn.Sigmoid()], VECTORS),
+    "gated": ([nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 4), nn.GELU("tanh")], VECTORS),
     "normalising": ([nn.Linear(6, 5), nn.LayerNorm(5), nn.BatchNorm1d(5), nn.ReLU()], VECTORS),
-    "torch's own of chapter 4": (
-        [
-            nn.Flatten(),
-            nn.Linear(6, 8),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Identity(),
-            nn.Linear(8, 4, bias=False),
-            nn.LogSoftmax(1),
-        ],
-        (9, 2, 3),
-    ),
-    "pictures": (
-        [
-            nn.Conv2d(4, 3, 3, padding=1),
-            nn.BatchNorm2d(3),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(3, 2, 3, stride=2, padding=1),
-            nn.AvgPool2d(2),
-            nn.Flatten(),
-            nn.Softmax(-1),
-        ],
-        PICTURES,
-    ),
-    "sequences": ([nn.Conv1d(4, 3, 3, groups=1), nn.Tanh(), nn.Flatten()], SEQUENCES),
+    "flat": ([nn.Flatten(), nn.Linear(6, 8, bias=False), nn.LogSoftmax(1)], (9, 2, 3)),
+    "idle": ([nn.Linear(6, 4), nn.Dropout(0.5), nn.Identity(), nn.ReLU()], VECTORS),
+    "pictures": ([nn.Conv2d(4, 3, 3, 2, 1), nn.BatchNorm2d(3), nn.AvgPool2d(2)], PICTURES),
+    "patches": ([nn.MaxPool2d(2), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Softmax(-1)], PICTURES),
+    "sequences": ([nn.Conv1d(4, 3, 3), nn.Tanh(), nn.Flatten()], SEQUENCES),
     "words": ([nn.Embedding(7, 3), nn.Flatten(), nn.Linear(15, 3), nn.Softmax(-1)], None),
 }
 
