@@ -216,7 +216,7 @@ class Fused(nn.Sequential):
 
         Example:
             >>> from torchnnfs import classifier
-        >>> fused = fuse(classifier(2, 3, 3))
+            >>> fused = fuse(classifier(2, 3, 3))
             >>> loss = fused.cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1, 2, 0]))
             >>> loss.backward()
             >>> fused[2].bias.grad
