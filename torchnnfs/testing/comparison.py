@@ -28,7 +28,7 @@ from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.reference import Reference, read
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Outcome):
     """The outcome of `compare`: what it found, and the reports of it.
 
@@ -88,6 +88,9 @@ class Comparison(Outcome):
             ValueError: the file cannot be written.
         """
         golden.save(path, self.setting, self.traces, self.environment)
+
+    def __repr__(self) -> str:
+        return f"<Comparison: {self.verdict}>"
 
     def __str__(self) -> str:
         return report.as_text(self)

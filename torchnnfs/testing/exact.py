@@ -148,7 +148,7 @@ def estimate(run: Callable[[int | None], Any], precision: Precision) -> Expected
     """
     output = run(None)
     exact = leaves(output)
-    spread = {name: np.zeros(value.shape) for name, value in exact.items()}
+    spread = {name: np.zeros(value.shape, np.float64) for name, value in exact.items()}
     for seed in range(_RUNS):
         for name, value in leaves(run(seed)).items():
             off = np.abs(np.asarray(value, np.float64) - exact[name])
@@ -364,7 +364,7 @@ def known(
     """What a layer with a formula gives."""
     if layer.bound is not None:
         exact = layer.forward(x, **arguments)
-        none = np.zeros(x.shape) if error is None else error
+        none = np.zeros(x.shape, np.float64) if error is None else error
         bound = np.array(layer.bound(x, none, precision, **arguments))
         return Expected(exact, {"": bound}, ROUNDING)
 

@@ -91,9 +91,9 @@ def _gradients(
 
     def gradient(tensor: Tensor) -> Array:
         grad = found[id(tensor)]  # what does not reach the loss has no gradient: it is zero
-        return np.zeros(tuple(tensor.shape)) if grad is None else to_numpy(grad)
+        return np.zeros(tuple(tensor.shape), np.float64) if grad is None else to_numpy(grad)
 
-    rows = np.eye(classes)[target.cpu().numpy()]
+    rows = np.eye(classes, dtype=np.float64)[target.cpu().numpy()]
     yield (
         "(loss)",
         "dL/doutput",

@@ -108,7 +108,10 @@ def headline(outcome: Outcome) -> tuple[str, str]:
 
 def remarks(outcome: Outcome) -> list[str]:
     """What stands between the table and the verdict: accuracy, controls, notes."""
-    return [*_accuracy(outcome), *_controls(outcome), *outcome.notes]
+    lines = [*_accuracy(outcome), *_controls(outcome), *outcome.notes]
+    if outcome.unjudged and not outcome.ok:  # else the verdict says it
+        lines.append(f"Nothing independent judged {', '.join(outcome.unjudged)}.")
+    return lines
 
 
 def _accuracy(outcome: Outcome) -> list[str]:
