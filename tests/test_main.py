@@ -146,6 +146,12 @@ weight = model.layer.weight.detach().numpy()
 
 def trusted(x):
     return np.maximum(x @ weight.T + 0.5, 0)
+
+def stops():
+    raise SystemExit(0)
+
+def fails():
+    return {}["missing"]
 """
 
 
@@ -156,6 +162,7 @@ def own(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", np.random.RandomState(0).randn(20, 4).astype(np.float32))
     np.savez(tmp_path / "x.npz", x=np.ones((2, 4), np.float32))
     (tmp_path / "broken.npy").write_bytes(b"nothing")
+    (tmp_path / "damaged.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:90])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     yield tmp_path
@@ -194,6 +201,10 @@ def test_a_wrong_model_of_ones_own(own, capsys):
         ("usermodule:weight --input x.npy", "to be a torch.nn.Module or to make one, got ndarray"),
         ("usermodule:model --input z.npy", "--input 'z.npy' cannot be read: [Errno 2] No such"),
         ("usermodule:model --input broken.npy", "--input 'broken.npy' cannot be read: "),
+        ("--input x.npy", "--input is for a model of your own: name it, as mymodule:model"),
+        ("--reference usermodule:trusted", "--reference is for a model of your own"),
+        ("usermodule:stops --input x.npy", "the model's own code stopped with sys.exit(0)"),
+        ("usermodule:model --input damaged.npz", "--input 'damaged.npz' cannot be read: "),
         ("usermodule:model --input x.npy --samples 3", "--samples is for the book's network"),
         ("usermodule:model --input x.npy --reference usermodule:OWN", "has no 'OWN'"),
     ],
@@ -203,6 +214,16 @@ def test_wrong_usage_of_ones_own_is_one_line(own, arguments, message, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_an_error_in_the_models_code_is_one_line_with_a_status_of_its_own(own, capsys):
+    command = ["compare", "usermodule:fails", "--input", "x.npy"]
+    assert main(command) == 70
+    error = capsys.readouterr().err
+    assert error.startswith("torchnnfs compare: KeyError: 'missing' (an error in the model's code")
+    assert error.count("\n") == 1
+    with pytest.raises(KeyError, match="missing"):
+        main([*command, "--debug"])
 
 
 def test_nothing_asked_for_shows_help(capsys):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from torchnnfs.testing.page import show as show_page
 from torchnnfs.testing.report import show
 from torchnnfs.version import __version__
 
-AGREES, DISAGREES, USAGE, MISSING = 0, 1, 2, 3
+AGREES, DISAGREES, USAGE, MISSING, FAULT = 0, 1, 2, 3, 70
 
 #: What is judged where nothing else is asked for: nothing that loads a compiler or an exporter.
 _QUICK = ("eager", "numpy")
@@ -83,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         help="judge a model in torch against NumPy, layer by layer",
         description="Judge every layer of a model against NumPy in float64: the book's spiral "
         "forward pass, or a model of your own. "
-        "Exit status: 0 agrees, 1 disagrees, 2 wrong usage, 3 a package is missing.",
+        "Exit status: 0 agrees, 1 disagrees, 2 wrong usage, 3 a package is missing, 70 an error in "
+        "the model's code or in ours.",
     )
     add = command.add_argument
     add("model", nargs="?", metavar="MODULE:MODEL", help="a model of your own, or what makes it")
@@ -116,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         "Exit status: 0 the page is right, 1 it is not, 2 wrong usage.",
     )
     page.add_argument("--device", default="cpu", help="where torch computes: cpu, cuda, ... (cpu)")
+    for each in (command, page):
+        each.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser
 
 
@@ -151,6 +155,9 @@ class _Task:
 
 def _spiral(arguments: argparse.Namespace) -> _Task:
     """The book's network on its data. Data first, then the network, as the book draws them."""
+    for option in ("input", "reference", "target"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option} is for a model of your own: name it, as mymodule:model")
     samples, classes = arguments.samples or 100, arguments.classes or 3
     widths, rows = (2, *(arguments.hidden or [3]), classes), samples * classes
     _check_memory(widths, rows)
@@ -218,6 +225,8 @@ def _named(name: str) -> Any:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(f"{name!r}: {error}; is it in this directory?") from None
+    except Exception as error:
+        raise ValueError(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             near = difflib.get_close_matches(part, dir(found), 1)
@@ -235,7 +244,7 @@ def _loaded(option: str, name: str) -> Any:
             if isinstance(content, np.ndarray):
                 return torch.from_numpy(content)
             return {key: torch.from_numpy(content[key]) for key in content.files}
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise ValueError(f"{option} {name!r} cannot be read: {error}") from None
 
 
@@ -366,10 +375,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         status, message = 128 + signal.SIGINT, "interrupted"
+    except SystemExit as error:
+        status, message = USAGE, f"the model's own code stopped with sys.exit({error.code!r})"
     except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if arguments.debug:
+            raise
         status, message = USAGE, " ".join(str(error).split())
         if isinstance(error, OSError):
             _close_stdout()
+    except Exception as error:
+        if arguments.debug:
+            raise
+        status, message = FAULT, f"{type(error).__name__}: {error}"
+        message += " (an error in the model's code, or one of ours to report; --debug shows where)"
     print(f"torchnnfs {arguments.command}: {message}", file=sys.stderr)
     return status
 

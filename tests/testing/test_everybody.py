@@ -372,6 +372,150 @@ def test_hooks_on_the_gradients_of_parameters_are_seen(model, points):
     assert told.first_divergence.label == "0 Dense dL/dW"
 
 
+def test_what_a_forward_changes_in_the_model_is_undone(points):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.count, self.log = nn.Linear(2, 3), torch.zeros(1), []
+
+        def forward(self, x):
+            self.count.add_(1)
+            self.log.append(len(x))
+            self.register_buffer("late", torch.ones(1))
+            with torch.no_grad():
+                self.dense.weight.clamp_(-0.1, 0.1)
+            return self.dense(x)
+
+    counting = Counting()
+    before = {name: value.clone() for name, value in counting.state_dict().items()}
+    compare(counting, points)
+    assert counting.count == 0
+    assert counting.log == []
+    assert counting.state_dict().keys() == before.keys()
+    assert torch.equal(counting.dense.weight, before["dense.weight"])
+
+
+# What hostile testers found.
+
+
+class Any(nn.Module):
+    """A module of a function."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, *args):
+        return self.function(self, *args)
+
+
+def deep():
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 64), nn.GELU()]
+    for _ in range(6):
+        layers += [nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(64, 3))
+
+
+def test_a_deep_chain_is_judged_sharply_by_a_function():
+    right, input = deep(), torch.randn(20, 16)
+    double = deep().double()
+
+    def trusted(x):
+        return double(torch.from_numpy(x)).detach().numpy()
+
+    assert compare(right, input, reference=trusted, controls=False).ok
+    right[-2] = nn.ReLU()
+    told = compare(right, input, reference=trusted, controls=False)
+    assert told.first_divergence.candidate == "the model"
+    assert "in float64 this is no rounding" in told.verdict
+
+
+def test_what_happens_between_the_layers_of_a_deep_chain_is_seen():
+    chain = nn.Sequential(*(k for _ in range(8) for k in (nn.Linear(64, 64), nn.ReLU())))
+    chain[-2].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    first = compare(chain, torch.randn(20, 64)).first_divergence
+    assert first.layer == "14"
+    assert "its input is not what the layer before it gave" in first.reason
+
+
+def test_outputs_are_paired_by_their_names():
+    model, x = Any(lambda self, x: {"mean": x, "spread": 2 * x}), torch.randn(5, 4)
+    assert compare(model, x, reference=lambda x: {"spread": 2 * x, "mean": x}).ok
+    for wrong in (lambda x: {"spread": x, "mean": 2 * x}, lambda x: (x, 2 * x)):
+        assert not compare(model, x, reference=wrong).ok
+
+
+def test_a_reference_row_by_row_is_one_array():
+    linear = nn.Linear(8, 3)
+    w, b = linear.weight.detach().numpy(), linear.bias.detach().numpy()
+    assert compare(linear, torch.randn(9, 8), reference=lambda x: [w @ row + b for row in x]).ok
+
+
+def test_operations_that_do_not_round_hide_nothing():
+    embedding = nn.Embedding(50, 8)
+    negative = Any(lambda self, x: -self.table(x.long()), table=embedding)
+    table = embedding.weight.detach().numpy()
+    x = torch.randint(1, 50, (20,)).float()
+    assert not compare(negative, x, reference=lambda x: table[x.astype(int)]).ok
+
+
+def test_a_large_column_hides_no_small_one():
+    model = Any(lambda self, x: torch.cat([x * 1e8, x.sin() * 2], -1))
+    wrong = compare(
+        model, torch.randn(20, 4), reference=lambda x: np.concatenate([x * 1e8, np.sin(x)], -1)
+    )
+    assert not wrong.ok
+
+
+def test_a_single_number_is_an_output():
+    linear, x = nn.Linear(8, 3), torch.randn(32, 8)
+    w, b = linear.weight.detach().numpy(), linear.bias.detach().numpy()
+    model = Any(lambda self, x: self.linear(x).sum(), linear=linear)
+    assert compare(model, x).unjudged == ("(output) Any",)
+    assert compare(model, x, reference=lambda x: (x @ w.T + b).sum()).ok
+    assert not compare(model, x, reference=lambda x: (x @ w.T + b).sum() * 1.001).ok
+
+
+def test_sums_that_cancel_in_their_natural_order_are_right():
+    half = torch.randn(1000, 512) * 100
+    input = torch.stack([half, -half], -1).reshape(1000, 1024)
+    linear = nn.Linear(1024, 1)
+    with torch.no_grad():
+        linear.weight[:, 1::2] = linear.weight[:, ::2] * (1 + 1e-4)
+    assert compare(linear, input).ok
+
+
+def test_sums_of_equal_terms_are_right():
+    weight = nn.Parameter(torch.full((784, 4), 1 / 784))
+    model = Any(lambda self, x: x**2 @ self.weight, weight=weight)
+    assert compare(model, torch.full((4, 784), 0.7)).ok
+
+
+def test_nothing_but_nan_is_not_judged():
+    model = Any(lambda self, x: x * float("nan"))
+    assert not compare(model, torch.ones(2, 2), reference=lambda x: x * np.nan).ok
+
+
+def test_a_module_of_torch_jit_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Linear(2, 3))
+    with pytest.raises(TypeError, match=r"got one of torch\.jit, whose parameters it cannot"):
+        compare(scripted, torch.ones(2, 2))
+
+
+def test_a_subclass_that_is_another_layer_is_told_of_register():
+    class ChannelNorm(nn.LayerNorm):
+        def forward(self, input):
+            return super().forward(input.transpose(1, -1)).transpose(1, -1)
+
+    with pytest.raises(ValueError, match=r"ChannelNorm is judged as layer norm, .*register"):
+        compare(ChannelNorm(3), torch.randn(2, 3, 5))
+
+
 # What results know of themselves.
 
 

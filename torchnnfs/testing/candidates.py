@@ -20,6 +20,7 @@ from torchnnfs.testing.models import (
     borrowed,
     call,
     cast,
+    computable,
     convert,
     copied,
     layer_of,
@@ -308,7 +309,8 @@ def _numpy(
         layer = layer_of(module)
         assert layer is not None
         arguments = {name: single(value) for name, value in arguments_of(module).items()}
-        return layer.forward(single(x), **arguments)
+        with computable(module, layer, x):
+            return layer.forward(single(x), **arguments)
 
     known = {place.path: formula for place in walk(model) if place.layer is not None}
     with borrowed(model, device, dtype) as run, replaced(model, known):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -177,6 +178,8 @@ def compare(
     """
     check_model("model", model)
     check_input(input)
+    if target is not None and not isinstance(target, Tensor):
+        target = torch.as_tensor(np.asarray(target))
     if isinstance(reference, nn.Module):
         check_model("reference", reference)
     trusted = read(reference, model, walk(model))
@@ -256,7 +259,7 @@ def _compare(
     notes += precision_notes([(row.device, row.dtype, row.ok) for row in rows])
     return Comparison(
         rows=tuple(rows),
-        unjudged=first.unjudged,
+        unjudged=first.unjudged + (first.unjudged_gradients if backward else ()),
         controls=tried,
         environment=describe(str(each.device) for each in chosen),
         notes=tuple(notes),
@@ -304,12 +307,13 @@ def _expand(candidates: Sequence[str | Candidate] | None, own: torch.dtype) -> l
 @contextmanager
 def _untouched_chance() -> Any:
     """Leave the global random streams where they were; a model or a library may draw from them."""
-    state = np.random.get_state()
+    state, pythons = np.random.get_state(), random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         np.random.set_state(state)
+        random.setstate(pythons)
 
 
 def _nothing_to_judge(trace: Trace, problem: Problem) -> str:

@@ -6,6 +6,7 @@ really got.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torchnnfs.testing.models import (
     borrowed,
     call,
     cast,
+    computable,
     convert,
     leaves,
     split,
@@ -40,7 +42,15 @@ ROUNDING, ESTIMATED, ITSELF = "rounding", "estimated", "own float64 run"
 _ORDER = (ROUNDING, ESTIMATED, ITSELF)
 
 #: What a forward may raise that was not made for float64.
-_NO_RUN = (RuntimeError, TypeError, ValueError, IndexError)
+_NO_RUN = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    OSError,
+)
 
 #: An estimated bound is this many times the largest change in that many runs.
 _SPREAD, _RUNS = 8, 8
@@ -111,25 +121,57 @@ class Rounding(Double):
         schema = func._schema
         writes = any(each.alias_info and each.alias_info.is_write for each in schema.arguments)
         views = not writes and any(each.alias_info for each in schema.returns)
-        if not views and not writes:
+        name = func.overloadpacket.__name__
+        if views or name in _EXACT:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if not writes:
             args = _floats(args, lambda tensor: self.moved(tensor, self.precision.unit))
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if views:
-            return result
+        # Sums of many equal terms round in one direction: allow for the root of their number.
+        terms = _terms(args, result) if name in _SUMS else 1.0
         if writes:
-            _floats(result, lambda tensor: tensor.copy_(self.stored(tensor)))
+            _floats(result, lambda tensor: tensor.copy_(self.stored(tensor, terms)))
             return result
-        return _floats(result, self.stored)
+        return _floats(result, lambda tensor: self.stored(tensor, terms))
 
-    def stored(self, tensor: Tensor) -> Tensor:
-        """What the dtype would keep of a result."""
+    def stored(self, tensor: Tensor, terms: float) -> Tensor:
+        """What the dtype would keep of a result, a sum of that many terms."""
         p = self.precision
-        rounded = self.moved(tensor, 2 * p.unit + p.stored_unit)
+        rounded = self.moved(tensor, (2 + math.sqrt(terms)) * p.unit + p.stored_unit)
         if p.stored_tiny:
             rounded = (
                 rounded + self.moved(torch.full_like(tensor, p.stored_tiny), 1.0) - (p.stored_tiny)
             )
         return torch.where(tensor.abs() > p.largest, tensor * np.inf, rounded)
+
+
+#: Operations that do not round: moving what goes into them would be another question.
+_EXACT = {"floor", "ceil", "round", "trunc", "sign", "abs", "neg", "clone", "copy_", "_to_copy"}
+_EXACT |= {"eq", "ne", "lt", "le", "gt", "ge", "argmax", "argmin", "where", "maximum", "minimum"}
+_EXACT |= {
+    "relu",
+    "threshold",
+    "clamp",
+    "embedding",
+    "cat",
+    "stack",
+    "index",
+    "gather",
+    "max",
+    "min",
+}
+
+#: Operations that add many terms.
+_SUMS = {"mm", "addmm", "bmm", "baddbmm", "mv", "dot", "convolution", "sum", "mean", "var"}
+_SUMS |= {"linalg_vector_norm", "norm", "cumsum", "native_layer_norm", "native_batch_norm"}
+
+
+def _terms(args: Any, result: Any) -> float:
+    """About how many terms each number of the result is a sum of."""
+    sizes = [t.numel() for t in leaves(args).values() if isinstance(t, Tensor) and t.numel() > 1]
+    out = max(1, max((t.numel() for t in leaves(result).values()), default=1))
+    sizes = sorted(sizes)[-2:]
+    return max(1.0, math.sqrt(math.prod(sizes) / out) if len(sizes) > 1 else sum(sizes) / out)
 
 
 def _floats(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -152,19 +194,24 @@ def estimate(run: Callable[[int | None], Any], precision: Precision) -> Expected
     for seed in range(_RUNS):
         for name, value in leaves(run(seed)).items():
             off = np.abs(np.asarray(value, np.float64) - exact[name])
-            off[value == exact[name]] = 0.0
-            off[np.isnan(off)] = np.inf
+            off = np.where(value == exact[name], 0.0, np.where(np.isnan(off), np.inf, off))
             spread[name] = np.maximum(spread[name], off)
     bounds = {}
     for name, off in spread.items():
         if off.ndim and off.size:
-            # An overflow concerns its own element, a rounding error the whole row.
-            finite = np.where(np.isfinite(off), off, 0.0).max(axis=-1, keepdims=True)
-            off = np.where(np.isfinite(off), finite, np.inf)
-        floating = exact[name].dtype.kind == "f"
+            # An overflow concerns its own element, a rounding error its row and its column: eight
+            # runs may miss the element, and a large row or column must not hide a small one.
+            finite = np.where(np.isfinite(off), off, 0.0)
+            largest = finite.max(axis=-1, keepdims=True)
+            if off.ndim > 1:
+                columns = finite.max(axis=tuple(range(off.ndim - 1)), keepdims=True)
+                largest = np.minimum(largest, columns)
+            off = np.where(np.isfinite(off), largest, np.inf)
+        floating = np.asarray(exact[name]).dtype.kind == "f"
         size = np.abs(exact[name]) * (precision.unit if floating else 0)
         bound = _SPREAD * (off + np.where(np.isfinite(size), size, 0.0))
-        bounds[name] = precision.stored(exact[name], bound + precision.tiny) if floating else bound
+        stored = precision.stored(exact[name], bound + precision.tiny) if floating else bound
+        bounds[name] = np.array(stored, np.float64)
     return Expected(output, bounds, ESTIMATED)
 
 
@@ -198,6 +245,7 @@ class Exact:
         self.arguments: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
         self.input = convert(cast(input, "cpu", dtype), Tensor, to_numpy)
+        self._wholes: dict[Precision, Expected | None] = {}
         self._chains: dict[Precision, list[Expected]] = {}
         self._read()
 
@@ -265,7 +313,8 @@ class Exact:
             x, off = (next(iter(leaves(each).values()), None) for each in (given, error))
             if x is None:
                 raise ValueError(f"compare expects a tensor as the input of {place.label}")
-            return known(place.layer, x, off, precision, self.arguments.get(path, {}))
+            with computable(place.module, place.layer, x):
+                return known(place.layer, x, off, precision, self.arguments.get(path, {}))
         try:
             return self._own_run(place, given, error, precision)
         except _NO_RUN as failure:
@@ -279,14 +328,14 @@ class Exact:
         def run(seed: int | None) -> Any:
             signs = np.random.RandomState(seed)
 
-            def moved(array: Array) -> Tensor:
+            def rounded(array: Array) -> Tensor:
                 off = unit * signs.choice([-1.0, 1.0], array.shape) if seed is not None else 0.0
                 floating = array.dtype.kind == "f"
                 return torch.from_numpy(np.array(array * (1 + off) if floating else array))
 
             state = state_of(self.model, "cpu", torch.float64, self.dtype)
-            state = {name: moved(to_numpy(each)) for name, each in state.items()}
-            args, kwargs = convert(split(self.input), np.ndarray, moved)
+            state = {name: rounded(to_numpy(each)) for name, each in state.items()}
+            args, kwargs = convert(split(self.input), np.ndarray, rounded)
             with (
                 torch.no_grad(),
                 same_chance(),
@@ -300,6 +349,17 @@ class Exact:
         except _NO_RUN as failure:
             self.failed[""] = " ".join(str(failure).split())[:200]
             return None
+
+    def whole(self, precision: Precision) -> Expected | None:
+        """What comes out of the model by its own float64 run, however deep the chain is."""
+        if precision not in self._wholes:
+            place = Place("", self.model, None, True)
+            try:
+                self._wholes[precision] = self._own_run(place, split(self.input), None, precision)
+            except _NO_RUN as failure:
+                self.failed[""] = " ".join(str(failure).split())[:200]
+                self._wholes[precision] = None
+        return self._wholes[precision]
 
     def inside(self, path: str, precision: Precision) -> Expected | None:
         """What comes out of the last call of a module within the model, from the input on."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchnnfs.testing.candidates import Candidate, Trace, dtype_name
+from torchnnfs.testing.candidates import Candidate, Trace, dtype_name, hooked
 from torchnnfs.testing.exact import ROUNDING
 from torchnnfs.testing.judge import Judged, Row, make_row
 from torchnnfs.testing.layers import softmax
@@ -66,9 +66,14 @@ def _gradients(
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
     state = state_of(model, device, dtype)
-    for name in parameters:
-        if state[name].is_floating_point() and not state[name].requires_grad:
-            state[name] = state[name].detach().requires_grad_()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        # A parameter that need not change is the model's own, so that its hooks see its gradient.
+        same = parameter.dtype == dtype and parameter.device == torch.device(device)
+        if same and parameter.requires_grad:
+            state[name] = parameter
+        elif state[name].is_floating_point():
+            state[name].requires_grad_()
     args, kwargs = split(cast(input, device, dtype))
     for each in (*args, *kwargs.values()):
         if isinstance(each, Tensor) and each.is_floating_point():
@@ -79,11 +84,16 @@ def _gradients(
             if getattr(module, "inplace", False):
                 vars(module)["inplace"] = False  # else the layer's own input would be gone
         output = _forward(run, args, kwargs, problem, calls)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if not torch.equal(parameter, before[name]):  # a forward that changes its weights
+                parameter.copy_(before[name])
     classes = _check(output, target)
     target = target.to(output.device, torch.int64)
     last = problem.model.places[problem.model.steps[-1]].layer
     loss, by_hand = _LOSSES.get(last.name if last else "", _LOSSES[""])
-    wanted = [output, *(call.output for call in calls)]
+    whole = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+    wanted = [output, *([whole] if whole.requires_grad else []), *(call.output for call in calls)]
     wanted += [call.input for call in calls if call.input.requires_grad]
     wanted += [tensor for name, tensor in state.items() if name in parameters]
     grads = torch.autograd.grad(loss(output, target), wanted, allow_unused=True, retain_graph=True)
@@ -107,8 +117,8 @@ def _gradients(
         layer = problem.model.places[call.path].layer
         assert layer is not None
         g = gradient(call.output)
-        if is_chain and index + 1 < len(calls):
-            g = gradient(calls[index + 1].input)  # what the next layer passed on, and no other
+        if is_chain:  # what the next layer, or the loss, passed on, and no other
+            g = gradient(calls[index + 1].input if index + 1 < len(calls) else output)
         if layer.backward is None:
             continue
         arguments = problem.exact.arguments[problem.paired[call.path]]
@@ -117,7 +127,8 @@ def _gradients(
         for name, pair in layer.backward(x, y, g, problem.precision, **arguments).items():
             if name == "input":
                 if call.input.requires_grad:
-                    value = gradient(call.input) if is_chain else _own(call, g)
+                    given = whole if is_chain and index == 0 else call.input
+                    value = gradient(given) if is_chain else _own(call, g)
                     yield call.path, f"{kind} dL/dx", value, pair
                 continue
             # A parametrized layer has no parameter of that name; a tied one has another's.
@@ -157,24 +168,19 @@ def _forward(
     calls: list[_Call],
 ) -> Any:
     """The output, and what went into and out of the layers, all with their history."""
+    inputs: list[Any] = []
 
-    def hook(path: str) -> Callable[..., None]:
-        def keep(module: nn.Module, given: Any, named: dict[str, Any], output: Tensor) -> None:
-            input = given[0] if given else next(iter(named.values()))
-            calls.append(_Call(path, module, input, output))
+    # Taken before the call: behind it hooks on the gradient of the layer would be passed already.
+    def before(path: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs.append(given[0] if given else next(iter(named.values())))
 
-        return keep
+    def after(path: str, module: nn.Module, output: Tensor) -> None:
+        calls.append(_Call(path, module, inputs.pop(), output))
 
-    handles = [
-        place.module.register_forward_hook(hook(path), with_kwargs=True)
-        for path, place in problem.model.places.items()
-        if place.layer is not None
-    ]
-    try:
+    places = problem.model.places.items()
+    known = {path: place.module for path, place in places if place.layer is not None}
+    with hooked(known, before, after):
         return run(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _own(call: _Call, g: Array) -> Array:

@@ -14,6 +14,11 @@ def check_model(role: str, model: Any) -> None:
     """A module whose parameters have values."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"compare expects {role} to be a torch.nn.Module, got {_kind(model)}")
+    if any(isinstance(each, torch.jit.ScriptModule) for each in model.modules()):
+        raise TypeError(
+            f"compare expects {role} to be a torch.nn.Module in Python, got one of torch.jit, "
+            "whose parameters it cannot replace; compare the module that it was made from"
+        )
     lazy = [name for name, value in model.named_parameters() if nn.parameter.is_lazy(value)]
     if lazy:
         raise ValueError(

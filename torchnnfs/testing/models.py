@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.rnn import PackedSequence
 
 from torchnnfs.testing.layers import Forward, Layer, dense, normalise, pointwise, reshape, softmax
 from torchnnfs.testing.precision import Array
@@ -181,6 +182,23 @@ def _parameters_of(forward: Forward) -> dict[str, inspect.Parameter]:
     return {each.name: each for each in parameters if each.kind in kinds}
 
 
+@contextmanager
+def computable(module: nn.Module, layer: Layer, x: Array) -> Iterator[None]:
+    """Say it where a formula cannot compute: the module may be another layer than its type says.
+
+    Raises:
+        ValueError: with the failure of the formula.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as failure:
+        raise ValueError(
+            f"{type(module).__name__} is judged as {layer.name}, whose formula cannot compute from "
+            f"an input of shape {x.shape} ({failure}); if it is another layer, tell "
+            "torchnnfs.testing.register"
+        ) from failure
+
+
 @dataclass(frozen=True)
 class Place:
     """A module at which something is judged.
@@ -248,7 +266,10 @@ def convert(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: convert(entry, kind, change) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(convert(entry, kind, change) for entry in value)
+        entries = [convert(entry, kind, change) for entry in value]
+        if hasattr(value, "_fields") and not isinstance(value, PackedSequence):
+            return type(value)(*entries)
+        return entries if isinstance(value, list) else tuple(entries)
     return value
 
 
@@ -307,23 +328,24 @@ def state_of(
     dtype: torch.dtype,
     stored: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The model's parameters and buffers on `device` in `dtype`, by their names.
+    """Copies of the model's parameters and buffers on `device` in `dtype`, by their names.
 
-    With `stored`, their values are those that this dtype stores. A parameter that need not change
-    is the model's own, so that its hooks see its gradient.
+    With `stored`, their values are those that this dtype stores.
     """
-    state = {name: _moved(each, device, dtype, stored) for name, each in model.named_parameters()}
-    for name, buffer in model.named_buffers():
-        state[name] = _moved(buffer.clone(), device, dtype, stored)
-    return state
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: moved(each.detach(), device, dtype, stored) for name, each in named}
 
 
-def _moved(
-    tensor: Tensor, device: torch.device | str, dtype: torch.dtype, stored: torch.dtype | None
+def moved(
+    tensor: Tensor,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    stored: torch.dtype | None = None,
 ) -> Tensor:
+    """A copy of the tensor on `device`, a floating-point one in `dtype`."""
     if not tensor.is_floating_point():
-        return tensor.to(device)
-    return tensor.to(stored or dtype).to(device, dtype)
+        return tensor.to(device, copy=True)
+    return tensor.to(stored or dtype).to(device, dtype, copy=True)
 
 
 _BORROWED = threading.RLock()
@@ -340,25 +362,49 @@ def borrowed(
     """The model as a function of its arguments, with `state`, or what `state_of` gives.
 
     The model is not copied: `torch.func.functional_call` puts other tensors in the place of its
-    own. Whatever a forward keeps (``self.output = ...``) is gone behind the block.
+    own. Whatever a forward keeps or changes in the model is undone behind the block. Until then
+    no other thread can use the model.
     """
     others = dict(state_of(model, device, dtype, stored) if state is None else state)
     with _BORROWED:
-        kept = [(module, dict(vars(module))) for module in model.modules()]
+        kept = [(module, _Kept(module)) for module in model.modules()]
         default = torch.get_default_dtype()
         try:
-            for module, attributes in kept:
-                for name, value in attributes.items():
+            for module, _ in kept:
+                for name, value in list(vars(module).items()):
                     if isinstance(value, Tensor):
-                        vars(module)[name] = _moved(value.detach(), device, dtype, stored)
+                        vars(module)[name] = moved(value.detach(), device, dtype, stored)
             if own_dtype(model, ()) != dtype:
                 torch.set_default_dtype(dtype)  # for tensors that a forward makes
             yield lambda *args, **kwargs: functional_call(model, others, args, kwargs)
         finally:
             torch.set_default_dtype(default)
-            for module, attributes in kept:
-                vars(module).clear()
-                vars(module).update(attributes)
+            for module, before in kept:
+                before.restore(module)
+
+
+class _Kept:
+    """What a module's attributes are: restored after a forward that changes them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.attributes = dict(vars(module))
+        kinds = (dict, list, set, np.ndarray)
+        self.contents = {
+            name: copy.copy(value)
+            for name, value in self.attributes.items()
+            if isinstance(value, kinds)
+        }
+
+    def restore(self, module: nn.Module) -> None:
+        vars(module).clear()
+        vars(module).update(self.attributes)
+        for name, content in self.contents.items():
+            value = self.attributes[name]
+            if isinstance(value, dict | set):
+                value.clear()
+                value.update(content)
+            else:
+                value[... if isinstance(value, np.ndarray) else slice(None)] = content
 
 
 def copied(model: nn.Module) -> nn.Module:

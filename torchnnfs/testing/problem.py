@@ -13,7 +13,7 @@ from torch import nn
 
 from torchnnfs.testing.candidates import Call
 from torchnnfs.testing.exact import ESTIMATED, ITSELF, ROUNDING, Exact, Expected
-from torchnnfs.testing.models import Place, leaves, own_dtype, split
+from torchnnfs.testing.models import Place, convert, leaves, own_dtype, split
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.reference import Answer, Reference
 
@@ -40,8 +40,9 @@ class Problem:
         self.paired = {path: path for path in self.model.places}
         self.mismatch = ""
         self.end = self.model.end
+        self.other: Exact | None = None
         if reference.module is not None:
-            other = Exact(reference.module, input, dtype)
+            self.other = other = Exact(reference.module, input, dtype)
             self.mismatch, pairs = _pair(self.model, other)
             self.end = other.end
             if not self.mismatch:
@@ -64,7 +65,7 @@ class Problem:
             return self._independent(expected)
         answer = source(given, self.model.dtype != torch.float64)
         own = None if path is None else self.exact.at(path, given, None, answer.precision)
-        return _allowing(answer, expected, own)
+        return _allowing(answer, expected, own, self.precision)
 
     def chained(self, index: int) -> Expected | None:
         """What comes out of that step of the chain."""
@@ -75,7 +76,8 @@ class Problem:
         """What came out elsewhere at a place within the model."""
         answer = self.reference.recorded[path]
         inside = (self.model.inside(path, each) for each in (self.precision, answer.precision))
-        return _allowing(answer, *inside)
+        expected, own = inside
+        return _allowing(answer, expected, own, self.precision)
 
     @cached_property
     def _answer(self) -> Answer | None:
@@ -91,11 +93,13 @@ class Problem:
 
         The parameters may differ by their rounding, where they are not the reference's own.
         """
-        ours = self.model.end(_DOUBLE)
+        if not self.is_own or not self.reference.judges_output:
+            return None
+        ours = self.model.whole(_DOUBLE)
         if ours is None:
             return None
-        if self.reference.module is not None:
-            theirs = self.end(_DOUBLE) if self.mismatch else None
+        if self.other is not None:
+            theirs = self.other.whole(_DOUBLE) if self.mismatch else None
             answer = None if theirs is None else Answer(theirs.output, _DOUBLE)
             return None if answer is None else _allowing(answer, ours, theirs)
         answer = self._answer
@@ -117,13 +121,35 @@ class Problem:
         if self._answer is None:
             return self._independent(self.end())
         precision = self._answer.precision
-        return _allowing(self._answer, self.end(), self.end(precision))
+        return _allowing(
+            self._answer, self._sharp(self.precision), self._sharp(precision), self.precision
+        )
+
+    def _sharp(self, precision: Precision) -> Expected | None:
+        """The end by the chain or by the model's own run, whichever allows less.
+
+        The worst case of a deep chain says nothing.
+        """
+        chain, whole = self.model.end(precision), self.model.whole(precision)
+        if chain is None or whole is None or list(chain.bounds) != list(whole.bounds):
+            return chain or whole
+        bounds = {name: np.minimum(chain.bounds[name], whole.bounds[name]) for name in chain.bounds}
+        return replace(whole, bounds=bounds)
 
     def _independent(self, expected: Expected | None) -> Expected | None:
         """A float64 run of another model is no run of its own."""
         if expected is None or self.reference.module is None or expected.basis != ITSELF:
             return expected
         return replace(expected, basis=ESTIMATED)
+
+    @property
+    def unjudged_gradients(self) -> tuple[str, ...]:
+        """The steps whose gradients no formula is known of."""
+        return tuple(
+            f"the gradient of {place.label} {place.kind}".replace("  ", " ")
+            for place in self.model.places.values()
+            if place.step and (place.layer is None or place.layer.backward is None)
+        )
 
     @property
     def unjudged(self) -> tuple[str, ...]:
@@ -139,12 +165,32 @@ class Problem:
         )
 
 
-def _allowing(answer: Answer, expected: Expected | None, own: Expected | None) -> Expected:
+def _fitted(output: Any, expected: Expected) -> Any:
+    """The reference's output in the order of the model's; a list of rows as one array."""
+    values = leaves(output)
+    rows = isinstance(output, tuple) and len({value.shape for value in values.values()}) == 1
+    if rows and len(values) > 1 and list(expected.bounds) == [""]:
+        return np.stack(list(values.values()))
+    if values.keys() == expected.bounds.keys():
+        ordered = iter([values[name] for name in expected.bounds])
+        return convert(expected.output, np.ndarray, lambda _: next(ordered))
+    return output
+
+
+def _allowing(
+    answer: Answer,
+    expected: Expected | None,
+    own: Expected | None,
+    precision: Precision = PRECISIONS["float64"],
+) -> Expected:
     """What a reference gave, its own rounding errors allowed beside the candidate's."""
+    if expected is not None:
+        answer = replace(answer, output=_fitted(answer.output, expected))
     values = leaves(answer.output)
-    if expected is None or own is None or len(values) != len(expected.bounds):
+    if expected is None or own is None or list(values) != list(expected.bounds):
         # Nothing is known but the numbers' size.
-        bounds = {name: nominal(value, answer.precision) for name, value in values.items()}
+        coarse = max(precision, answer.precision, key=lambda each: each.roundoff)
+        bounds = {name: nominal(value, coarse) for name, value in values.items()}
         return Expected(answer.output, bounds, ESTIMATED, "the reference")
     both = [a + b for a, b in zip(expected.bounds.values(), own.bounds.values(), strict=True)]
     basis = ROUNDING if expected.basis == ROUNDING else ESTIMATED

@@ -96,7 +96,8 @@ def dense_honest(x: Array, precision: Precision, weight: Array, bias: Array | No
     orders = np.random.RandomState(0)
     errors = []
     with np.errstate(all="ignore"):
-        for i in range(min(16, math.ceil(_ENOUGH / max(1, exact.size)))):
+        # One order may cancel by luck, and sixteen are enough where there are few numbers.
+        for i in range(min(16, max(3, math.ceil(_ENOUGH / max(1, exact.size))))):
             n = len(factors)
             total: Array = np.zeros(exact.shape, step)
             for k in orders.permutation(n) if i else range(n):
