@@ -31,6 +31,7 @@ LAYERS = [
     "torchnnfs.testing.files",
     "torchnnfs.testing.environment",
     "torchnnfs.testing.candidates",
+    "torchnnfs.testing.traces",
     "torchnnfs.testing.reference",
     "torchnnfs.testing.models",
     "torchnnfs.testing.layers.dense",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchnnfs.testing import golden, html, plot, report
-from torchnnfs.testing.candidates import DTYPES, Candidate, Trace, choose, dtype_name, resolved
+from torchnnfs.testing.candidates import DTYPES, Candidate, choose, dtype_name, resolved
 from torchnnfs.testing.controls import Control, try_controls
 from torchnnfs.testing.environment import describe, precision_notes
 from torchnnfs.testing.files import write_whole
@@ -27,6 +27,7 @@ from torchnnfs.testing.models import leaves, own_dtype, to_numpy, walk
 from torchnnfs.testing.outcome import Outcome
 from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.reference import Reference, read
+from torchnnfs.testing.traces import Trace
 
 
 @dataclass(frozen=True, eq=False, repr=False)

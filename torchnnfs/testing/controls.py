@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchnnfs.testing.candidates import Call, Candidate, Formula, single
+from torchnnfs.testing.candidates import Candidate, single
 from torchnnfs.testing.exact import known
 from torchnnfs.testing.judge import DIFFERS, EXCESS, judge
 from torchnnfs.testing.layers import Layer
@@ -18,6 +18,7 @@ from torchnnfs.testing.layers.softmax import UNSHIFTED
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.precision import PRECISIONS, Array
 from torchnnfs.testing.problem import Problem
+from torchnnfs.testing.traces import Call, Formula
 
 
 @dataclass(frozen=True)

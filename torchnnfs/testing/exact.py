@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchnnfs.testing.candidates import hooked
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.models import (
     Place,
@@ -34,6 +33,7 @@ from torchnnfs.testing.models import (
     walk,
 )
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
+from torchnnfs.testing.traces import hooked
 
 #: What a row rests on. ROUNDING: a formula and a proven bound. ESTIMATED: a formula or somebody's
 #: reference, and an estimated bound. ITSELF: a float64 run of the same code, and an estimated

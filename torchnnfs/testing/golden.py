@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchnnfs.testing.candidates import DTYPES, Call, Trace
+from torchnnfs.testing.candidates import DTYPES
 from torchnnfs.testing.files import write_whole
 from torchnnfs.testing.models import leaves, to_numpy, walk
 from torchnnfs.testing.precision import Array
+from torchnnfs.testing.traces import Call, Trace
 
 VERSION = 2
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchnnfs.testing.candidates import Candidate, Trace, dtype_name, hooked
+from torchnnfs.testing.candidates import Candidate, dtype_name
 from torchnnfs.testing.exact import ROUNDING
 from torchnnfs.testing.judge import Judged, Row, make_row
 from torchnnfs.testing.layers import softmax
@@ -21,6 +21,7 @@ from torchnnfs.testing.measure import measure
 from torchnnfs.testing.models import borrowed, cast, split, state_of, to_numpy
 from torchnnfs.testing.precision import Array, Precision
 from torchnnfs.testing.problem import Problem
+from torchnnfs.testing.traces import Trace, hooked
 
 
 class _Call(NamedTuple):

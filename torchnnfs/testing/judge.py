@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchnnfs.testing.candidates import Call, Trace
 from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Expected
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.measure import Measured, Worst, measure
 from torchnnfs.testing.models import leaves, split
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.problem import Problem, nominal
+from torchnnfs.testing.traces import Call, Trace
 
 #: What a row that differs rests on, where no bound is behind it.
 EXCESS, TWICE = "excess", "not the same twice"

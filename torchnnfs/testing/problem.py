@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchnnfs.testing.candidates import Call
 from torchnnfs.testing.exact import ESTIMATED, ITSELF, ROUNDING, Exact, Expected
 from torchnnfs.testing.models import Place, convert, leaves, own_dtype, split
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.reference import Answer, Reference
+from torchnnfs.testing.traces import Call
 
 _DOUBLE = PRECISIONS["float64"]
 
