@@ -494,9 +494,10 @@ def test_sums_of_equal_terms_are_right():
     assert compare(model, torch.full((4, 784), 0.7)).ok
 
 
-def test_nothing_but_nan_is_not_judged():
+def test_a_reference_of_nothing_but_nan_is_refused():
     model = Any(lambda self, x: x * float("nan"))
-    assert not compare(model, torch.ones(2, 2), reference=lambda x: x * np.nan).ok
+    with pytest.raises(ValueError, match="a reference with finite numbers, got none"):
+        compare(model, torch.ones(2, 2), reference=lambda x: x * np.nan)
 
 
 def test_a_module_of_torch_jit_is_refused():

@@ -105,7 +105,7 @@ def _measure_block(
     error = np.where((value == exact) | both_nan | overflow, 0.0, np.abs(value - exact))
     error[np.isnan(error)] = np.inf
     beyond = overflow & (np.abs(exact) > precision.largest)  # infinity alone is right there
-    unbounded = (np.isfinite(exact) & np.isinf(bound) & ~beyond) | both_nan
+    unbounded = np.isfinite(exact) & np.isinf(bound) & ~beyond
     ratio = np.where(error > 0, error / bound, 0.0)
     ratio[unbounded] = 0.0
     ratio[np.isnan(ratio)] = np.inf

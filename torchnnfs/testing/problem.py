@@ -85,7 +85,10 @@ class Problem:
         if "" not in self.reference.sources:
             return self.reference.recorded.get("")
         single = self.model.dtype != torch.float64
-        return self.reference.sources[""](split(self.model.input), single)
+        answer = self.reference.sources[""](split(self.model.input), single)
+        if not any(np.isfinite(value).any() for value in leaves(answer.output).values()):
+            raise ValueError("compare expects a reference with finite numbers, got none")
+        return answer
 
     @cached_property
     def formula(self) -> Expected | None:
