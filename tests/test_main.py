@@ -196,6 +196,7 @@ def test_a_wrong_model_of_ones_own(own, capsys):
             "usermodule --input x.npy",
             "expected MODULE:NAME, as in mymodule:model, got 'usermodule'",
         ),
+        ("usermodule.py:model --input x.npy", "expected MODULE:NAME, as in mymodule:model, got"),
         ("usermodul:model --input x.npy", "No module named 'usermodul'; is it in this directory?"),
         ("usermodule:modl --input x.npy", "usermodule has no 'modl'; did you mean 'model'?"),
         ("usermodule:weight --input x.npy", "to be a torch.nn.Module or to make one, got ndarray"),
@@ -298,7 +299,8 @@ def test_every_kind_of_report_is_written(tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plot_of_another_kind_or_without_matplotlib(monkeypatch, capsys):
+def test_a_plot_of_another_kind_or_without_matplotlib(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     assert main(["compare", "--plot", "a.jpeg"]) == 2
     assert "pictures are .png or .svg files, got 'a.jpeg'" in capsys.readouterr().err
     monkeypatch.setattr(candidates.importlib.util, "find_spec", lambda name: None)

@@ -217,7 +217,7 @@ def _own(arguments: argparse.Namespace) -> _Task:
 def _named(name: str) -> Any:
     """What ``module:name`` names, imported with the current directory in the path."""
     module, _, path = name.partition(":")
-    if not module or not path:
+    if not module or not path or module.endswith(".py"):
         raise ValueError(f"expected MODULE:NAME, as in mymodule:model, got {name!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -245,7 +245,10 @@ def _loaded(option: str, name: str) -> Any:
                 return torch.from_numpy(content)
             return {key: torch.from_numpy(content[key]) for key in content.files}
     except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{option} {name!r} cannot be read: {error}") from None
+        reason = (
+            str(error) if isinstance(error, OSError) else "it is no .npy or .npz file of numbers"
+        )
+        raise ValueError(f"{option} {name!r} cannot be read: {reason}") from None
 
 
 def _candidates(

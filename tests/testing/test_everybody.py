@@ -448,6 +448,15 @@ def test_outputs_are_paired_by_their_names():
         assert not compare(model, x, reference=wrong).ok
 
 
+def test_one_array_is_paired_with_one_array():
+    linear, x = nn.Linear(8, 3), torch.randn(9, 8)
+    w, b = linear.weight.detach().numpy(), linear.bias.detach().numpy()
+    for wrap in (lambda y: {"p": y}, lambda y: (y,)):
+        model = Any(lambda self, x, wrap=wrap: wrap(self.linear(x)), linear=linear)
+        assert compare(model, x, reference=lambda x: x @ w.T.astype(np.float64) + b).ok
+        assert not compare(model, x, reference=lambda x: x @ w.T + b * 1.001).ok
+
+
 def test_a_reference_row_by_row_is_one_array():
     linear = nn.Linear(8, 3)
     w, b = linear.weight.detach().numpy(), linear.bias.detach().numpy()

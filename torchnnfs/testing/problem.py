@@ -174,8 +174,9 @@ def _fitted(output: Any, expected: Expected) -> Any:
     rows = isinstance(output, tuple) and len({value.shape for value in values.values()}) == 1
     if rows and len(values) > 1 and list(expected.bounds) == [""]:
         return np.stack(list(values.values()))
-    if values.keys() == expected.bounds.keys():
-        ordered = iter([values[name] for name in expected.bounds])
+    if values.keys() == expected.bounds.keys() or len(values) == len(expected.bounds) == 1:
+        named = values if len(values) > 1 else dict.fromkeys(expected.bounds, *values.values())
+        ordered = iter([named[name] for name in expected.bounds])
         return convert(expected.output, np.ndarray, lambda _: next(ordered))
     return output
 

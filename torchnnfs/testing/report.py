@@ -16,7 +16,8 @@ from torchnnfs.testing.outcome import Outcome
 
 #: What the columns of the table mean.
 LEGEND = (
-    "Every result is compared with NumPy in float64. max ULP: the largest error in units in the\n"
+    "Each row is compared with an exact result: NumPy in float64, the reference, or the same code\n"
+    'in float64 ("own float64 run"). max ULP: the largest error in units in the\n'
     "last place; 0.5 at most is correctly rounded. bits equal: the share of elements that are.\n"
     "isolated: the largest error over its bound, each layer on the input it got; chained: the\n"
     "same from the first input on. Up to 1, rounding explains the error. excess: the mean error\n"
@@ -84,8 +85,9 @@ def verdict(outcome: Outcome) -> str:
         return f"AGREES: every layer of {names} is within what rounding explains; {largest}."
     return (
         f"AGREES AS FAR AS JUDGED: what was judged of {names} is within what rounding explains; "
-        f"{largest}. Nothing independent judged {', '.join(outcome.unjudged)}: no formula of it is "
-        "known, only a float64 run of the same code. Name a reference= for the output."
+        f"{largest}. Nothing independent judged {', '.join(outcome.unjudged)}: it was compared with "
+        "itself in float64 alone, so a wrong formula is not noticed. Give a reference for the "
+        "output."
     )
 
 
