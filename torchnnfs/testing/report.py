@@ -83,9 +83,10 @@ def verdict(outcome: Outcome) -> str:
     largest = f"the largest error is {row.bound_ratio:.2f} of it ({_where(row)})"
     if not outcome.unjudged:
         return f"AGREES: every layer of {names} is within what rounding explains; {largest}."
+    parts = ", ".join(outcome.unjudged)
     return (
         f"AGREES AS FAR AS JUDGED: what was judged of {names} is within what rounding explains; "
-        f"{largest}. Nothing independent judged {', '.join(outcome.unjudged)}: it was compared with "
+        f"{largest}. Nothing independent judged {parts}: it was compared with "
         "itself in float64 alone, so a wrong formula is not noticed. Give a reference for the "
         "output."
     )
