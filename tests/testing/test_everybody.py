@@ -395,7 +395,7 @@ def test_what_a_forward_changes_in_the_model_is_undone(points):
     assert torch.equal(counting.dense.weight, before["dense.weight"])
 
 
-# What hostile testers found.
+# Found by trying to break the judge.
 
 
 class Any(nn.Module):
