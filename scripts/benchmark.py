@@ -259,46 +259,44 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def plot(results: list[dict], path: Path) -> None:
-    """Samples per second over the number of samples, one picture a network."""
+def plot(results: list[dict], path: Path, caption: str) -> None:
+    """How long a forward pass takes over the number of samples, one picture a network."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    results = [result for result in results if result["table"] == "forward"]
+    results = [result for result in results if best_other(result) and result["table"] == "forward"]
     if not results:
         return
     networks = list(dict.fromkeys(result["network"] for result in results))
     figure, axes = pyplot.subplots(
         1, len(networks), figsize=(4 * len(networks), 4.5), sharey=True, squeeze=False
     )
-    names = [row["peer"] for row in results[0]["peers"] if row["peer"] != COPY]
+    lines: dict[str, list[tuple[int, float]]]
     for axis, network in zip(axes[0], networks, strict=True):
-        here = [result for result in results if result["network"] == network]
-        for index, name in enumerate(names):
-            found = [
-                (result["samples"], row["samples_per_second"])
-                for result in here
-                for row in result["peers"]
-                if row["peer"] == name
-            ]
-            ours = name in OURS["forward"]
-            axis.loglog(
-                *zip(*found, strict=True),
-                "o-",
-                label=name,
-                color="black" if ours else f"C{index}",
-                linestyle="--" if name == OURS["forward"][1] else "-",
-                linewidth=2.5 if ours else 1.2,
-                markersize=4,
-            )
+        lines = {"the book's NumPy": [], "torch eager": [], "best of the others": [], "fused": []}
+        for result in results:
+            if result["network"] != network:
+                continue
+            times = {row["peer"]: row["microseconds"] for row in result["peers"]}
+            best = best_other(result)[0]
+            book = next((name for name in times if name.startswith(BOOK)), None)
+            shown = [book, "torch eager", best, OURS["forward"][0]]
+            for line, name in zip(lines.values(), shown, strict=True):
+                if name in times:
+                    line.append((result["samples"], times[name]))
+        for (label, line), colour in zip(lines.items(), ("C1", "C0", "0.45", "k"), strict=True):
+            x, y = zip(*line, strict=True) if line else ((), ())
+            wide = 3 if label == "fused" else 1.8
+            axis.loglog(x, y, "o-", label=label, color=colour, linewidth=wide, markersize=5)
         axis.set_title(network.replace("->", "→"))
         axis.set_xlabel("samples in a batch")
         axis.grid(True, which="major", alpha=0.3)
-    axes[0][0].set_ylabel("samples per second")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    axes[0][0].set_ylabel("microseconds a call, median")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"Forward pass, less is faster; both axes are logarithmic. {caption}", size=10)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=110)
 
 
@@ -356,24 +354,25 @@ def main() -> None:
             file=sys.stderr,
         )
     console = Console(width=None if Console().is_terminal else 120)
-    results: list[dict] = (
-        json.loads(arguments.json.read_text())["results"] if arguments.again else []
-    )
+    document: dict = {
+        "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "environment": environment(arguments.device),
+        "results": [],
+    }
+    if arguments.again:
+        document = json.loads(arguments.json.read_text())
+    results: list[dict] = document["results"]
     for result in () if arguments.again else run(arguments):
         results.append(result)
         console.print(table(result))
         if arguments.json:
-            document = {
-                "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
-                "date": datetime.now(UTC).date().isoformat(),
-                "environment": environment(arguments.device),
-                "results": results,
-            }
             partial = arguments.json.with_suffix(".partial")
             partial.write_text(json.dumps(document, indent=2) + "\n")
             partial.replace(arguments.json)  # so that the file is whole at any time
     if arguments.plot:
-        plot(results, arguments.plot)
+        machine, date = document["environment"]["processor"], document["date"]
+        plot(results, arguments.plot, f"{machine}, {date}")
     if arguments.docs:
         arguments.docs.write_text(filled(arguments.docs.read_text(), results))
 

@@ -180,8 +180,15 @@ def picture(file: Path) -> None:
     axes.imshow(shades.numpy(), origin="lower", extent=(-1.1, 1.1, -1.1, 1.1))
     for index, (colour, marker) in enumerate(zip(colours.numpy(), "os^", strict=True)):
         x, y = input[target == index].T
-        axes.scatter(x, y, s=16, color=[colour], marker=marker, edgecolors="white", linewidths=0.5)
-    axes.set_title(f"Dense(2, 64), ReLU, Dense(64, 3), Softmax: {accuracy:.0%} right", fontsize=10)
+        look = {"color": [colour], "marker": marker, "edgecolors": "white", "linewidths": 0.5}
+        axes.scatter(x, y, s=16, label=f"class {index}", **look)
+    axes.set_title(
+        f"classifier(2, 64, 3) after training\n{accuracy:.0%} of the 300 training points are right",
+        fontsize=10,
+    )
+    axes.set_xlabel("first feature")
+    axes.set_ylabel("second feature")
+    axes.legend(loc="upper left", title="training points")
     axes.set_xticks([-1, 0, 1])
     axes.set_yticks([-1, 0, 1])
     figure.savefig(file, dpi=110, metadata={"Software": None})
