@@ -447,7 +447,7 @@ NAN = torch.tensor([[1.0, float("nan")]])
     ("model", "input", "keywords", "error", "message"),
     [
         (lambda x: x, NAN, {}, TypeError, "model to be a torch.nn.Module, got builtins.function"),
-        (Dense(2, 3), [[1.0, 2.0]], {}, TypeError, "of tensors, got builtins.list; call"),
+        (Dense(2, 3), [[1.0, 2.0]], {}, TypeError, "of tensors, got builtins.float; call"),
         (Dense(2, 3), np.ones((1, 2)), {}, TypeError, "of tensors, got numpy.ndarray"),
         (Dense(2, 3), (), {}, TypeError, "of tensors, got builtins.tuple; call"),
         (Dense(2, 3), torch.ones(1, 2) * 1j, {}, TypeError, "real numbers, got torch.complex64"),

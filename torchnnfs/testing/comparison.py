@@ -6,27 +6,24 @@ import json
 import math
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchnnfs.testing import golden, html, plot, report
-from torchnnfs.testing.candidates import DTYPES, Candidate, choose, dtype_name, resolved
-from torchnnfs.testing.controls import Control, try_controls
-from torchnnfs.testing.environment import describe, precision_notes
+from torchnnfs.testing.candidates import Candidate
 from torchnnfs.testing.files import write_whole
-from torchnnfs.testing.gradients import judge_gradients
-from torchnnfs.testing.inputs import check_finite, check_input, check_model
-from torchnnfs.testing.judge import Row, judge, judge_formula
-from torchnnfs.testing.models import leaves, own_dtype, to_numpy, walk
+from torchnnfs.testing.inputs import check_input, check_model
+from torchnnfs.testing.models import walk
 from torchnnfs.testing.outcome import Outcome
-from torchnnfs.testing.problem import Problem
-from torchnnfs.testing.reference import Reference, read
+from torchnnfs.testing.reference import read
+from torchnnfs.testing.run import Run
 from torchnnfs.testing.traces import Trace
 
 
@@ -35,12 +32,12 @@ class Comparison(Outcome):
     """The outcome of `compare`: what it found, and the reports of it.
 
     Attributes:
-        traces: all that the candidates showed.
-        setting: what the run depends on: input and parameters.
+        traces: all that the candidates showed; empty where the input came in batches.
+        setting: what the run depends on: input and parameters; None where it came in batches.
     """
 
     traces: tuple[Trace, ...] = field(repr=False)
-    setting: golden.Setting = field(repr=False)
+    setting: golden.Setting | None = field(repr=False)
 
     @property
     def verdict(self) -> str:
@@ -87,8 +84,13 @@ class Comparison(Outcome):
         """Write what the candidates gave to an ``.npz`` file for `compare` on another machine.
 
         Raises:
-            ValueError: the file cannot be written.
+            ValueError: the file cannot be written; the input came in batches.
         """
+        if self.setting is None:
+            raise ValueError(
+                "save_golden expects a comparison of one tensor, tuple or dict, got one of "
+                "batches, whose results are not kept; join the batches with torch.cat"
+            )
         golden.save(path, self.setting, self.traces, self.environment)
 
     def __repr__(self) -> str:
@@ -113,7 +115,7 @@ def _json_safe(value: Any) -> Any:
 
 def compare(
     model: nn.Module,
-    input: Tensor | tuple[Any, ...] | dict[str, Any],
+    input: Tensor | tuple[Any, ...] | dict[str, Any] | Iterable[Any],
     *,
     reference: Any = None,
     candidates: Sequence[str | Candidate] | None = None,
@@ -122,6 +124,7 @@ def compare(
     target: Tensor | None = None,
     controls: bool = True,
     progress: Callable[[str], object] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Comparison:
     """Judge, layer by layer, whether `model` computes what NumPy, or a reference, computes.
 
@@ -143,7 +146,10 @@ def compare(
             normalisation in eval mode), what derives from them, and types that
             `torchnnfs.testing.register` was told of.
         input: the model's input: a tensor, a tuple of its arguments, or a dictionary of its keyword
-            arguments. Floating-point numbers are finite.
+            arguments. Floating-point numbers are finite. Any other iterable, such as a
+            `torch.utils.data.DataLoader`, gives batches of these, whose first axis counts the rows;
+            a batch that is a list is an input and its target, as data loaders give them. Only one
+            batch is in memory at a time.
         reference: what to compare with instead of the model itself. A module: its layers and
             parameters, or, if it has other layers, its output. A function of arrays, or an object
             whose ``forward`` returns its result or sets ``output``: its output for the same input.
@@ -160,6 +166,8 @@ def compare(
         target: (N,) classes, for `backward`.
         controls: whether to show that broken copies of the model are rejected.
         progress: called with a few words before each step.
+        group: the processes of `torch.distributed` that call `compare` with the same arguments.
+            They share the batches out, and each gets the whole result.
 
     Raises:
         MissingExtraError: a candidate whose packages are not installed.
@@ -168,7 +176,8 @@ def compare(
         ValueError: an `input` that is empty, not finite or on the meta device; parameters that are
             not finite or on the meta device; layers in training mode that depend on chance; a
             reference that cannot compute; an unknown candidate; `backward` without a fitting
-            `target`, or with a reference whose layers cannot be paired.
+            `target`, or with a reference whose layers cannot be paired; `backward` or a golden file
+            with batches; no batch; an array as reference that has other rows than the batches.
 
     Example:
         >>> import torch
@@ -178,101 +187,38 @@ def compare(
         (True, None, ())
     """
     check_model("model", model)
-    check_input(input)
-    if target is not None and not isinstance(target, Tensor):
-        target = torch.as_tensor(np.asarray(target))
     if isinstance(reference, nn.Module):
         check_model("reference", reference)
-    trusted = read(reference, model, walk(model))
-    own = own_dtype(model, input)
-    chosen = [resolved(each, own) for each in _expand(candidates, own)]
-    step = progress or (lambda words: None)
+    one = isinstance(input, Tensor | tuple | dict)
+    if not one and (backward or golden_file is not None):
+        what = "backward" if backward else "a golden file"
+        raise ValueError(
+            f"compare with {what} expects one batch, a tensor, tuple or dict, got an iterable "
+            f"({type(input).__name__}): {'its loss is a mean over' if backward else 'it holds'} "
+            "the whole input; join the batches with torch.cat"
+        )
+    batches = iter([input]) if one else _batches(input)
+    run = Run(model, read(reference, model, walk(model)), candidates, progress, group)
     # A dtype may overflow: that is judged, and no reason to warn.
     with np.errstate(all="ignore"), _untouched_chance():
-        return _compare(
-            model, input, trusted, chosen, own, golden_file, backward, target, controls, step
-        )
+        for batch in batches:
+            run.take(batch, keep=one)
+        outcome = run.finish(golden_file, backward, target, controls)
+    return Comparison(**vars(outcome), traces=tuple(run.traces), setting=run.setting)
 
 
-def _compare(
-    model: nn.Module,
-    input: Any,
-    reference: Reference,
-    chosen: list[Candidate],
-    own: torch.dtype,
-    golden_file: str | None,
-    backward: bool,
-    target: Tensor | None,
-    controls: bool,
-    progress: Callable[[str], object],
-) -> Comparison:
-    # Phase 1: traces.
-    traces: list[Trace] = []
-    problems: dict[str, Problem] = {}
-    for candidate in chosen:
-        progress(f"{candidate.name} on {candidate.device} in {candidate.dtype}")
-        assert candidate.dtype is not None
-        check_finite(model, "model", input, candidate.dtype)
-        if reference.module is not None:
-            check_finite(reference.module, "reference", input, candidate.dtype)
-        name = dtype_name(candidate.dtype)
-        if name not in problems:
-            problems[name] = Problem(model, input, reference, candidate.dtype)
-        traces.append(candidate.run(model, input, [*reference.sources, *reference.recorded]))
-    here = golden.setting(model, input)
-    recorded = golden.load(golden_file, here) if golden_file else []
-    # Phase 2: rows.
-    rows: list[Row] = []
-    ran = dict(zip(map(id, traces), chosen, strict=True))
-    for trace in [*traces, *recorded]:
-        progress(f"judging {trace.name} on {trace.device} in {trace.dtype}")
-        if trace.dtype not in problems:
-            problems[trace.dtype] = Problem(model, input, reference, DTYPES[trace.dtype])
-        problem = problems[trace.dtype]
-        found = judge(trace, problem)
-        if not found:
-            raise ValueError(_nothing_to_judge(trace, problem))
-        rows += found
-        if backward and trace.name == "eager":
-            rows += judge_gradients(ran[id(trace)], model, input, target, problem)
-    if dtype_name(own) not in problems and reference.judges_output:
-        problems[dtype_name(own)] = Problem(model, input, reference, own)
-    rows += [row for each in problems.values() if each.is_own for row in judge_formula(each)]
-    first = problems[traces[0].dtype]
-    tried: tuple[Control, ...] = ()
-    notes = [*reference.notes, *_notes(first, traces)]
-    if controls and not all(row.ok for row in rows):
-        notes.append("Broken copies were not tried: the model itself differs.")
-    elif controls:
-        progress("broken copies")
-        eager = next((each for each in chosen if each.name == "eager"), chosen[0])
-        alone = first
-        if reference != Reference() or eager is not chosen[0]:
-            assert eager.dtype is not None
-            alone = Problem(model, input, Reference(), eager.dtype)
-        tried = try_controls(model, input, Candidate("eager", eager.device, eager.dtype), alone)
-    notes += [
-        f"{row.dtype} may overflow or cancel out in layer {row.label}: {row.unbounded} elements of "
-        f"{row.candidate} are not judged."
-        for row in rows
-        if row.unbounded
-    ]
-    notes += precision_notes([(row.device, row.dtype, row.ok) for row in rows])
-    return Comparison(
-        rows=tuple(rows),
-        unjudged=first.unjudged + (first.unjudged_gradients if backward else ()),
-        controls=tried,
-        environment=describe(str(each.device) for each in chosen),
-        notes=tuple(notes),
-        input=to_numpy(next(iter(leaves(input).values()))),
-        output=next(iter(leaves(traces[0].output).values())),
-        traces=tuple(traces),
-        setting=here,
-    )
+def _batches(input: Any) -> Iterator[Any]:
+    """What a data loader gives: a list is an input and its target."""
+    if not isinstance(input, Iterable):
+        check_input(input)  # which says what is expected
+    for batch in input:
+        yield batch[0] if isinstance(batch, list) and batch else batch
 
 
 def assert_agrees(
-    model: nn.Module, input: Tensor | tuple[Any, ...] | dict[str, Any], **keywords: Any
+    model: nn.Module,
+    input: Tensor | tuple[Any, ...] | dict[str, Any] | Iterable[Any],
+    **keywords: Any,
 ) -> None:
     """`compare` with the same arguments, for test suites; without controls unless asked for.
 
@@ -294,17 +240,6 @@ def assert_agrees(
         warnings.warn(comparison.verdict, UserWarning, stacklevel=2)
 
 
-def _expand(candidates: Sequence[str | Candidate] | None, own: torch.dtype) -> list[Candidate]:
-    if candidates is None:
-        return choose(["eager", "numpy"] if own == torch.float32 else ["eager"])
-    if isinstance(candidates, str) or not candidates:
-        raise ValueError(f"compare expects a list of candidates, got {candidates!r}")
-    expanded: list[Candidate] = []
-    for candidate in candidates:
-        expanded += [candidate] if isinstance(candidate, Candidate) else choose([candidate])
-    return expanded
-
-
 @contextmanager
 def _untouched_chance() -> Any:
     """Leave the global random streams where they were; a model or a library may draw from them."""
@@ -315,51 +250,3 @@ def _untouched_chance() -> Any:
     finally:
         np.random.set_state(state)
         random.setstate(pythons)
-
-
-def _nothing_to_judge(trace: Trace, problem: Problem) -> str:
-    reasons = "; ".join(problem.exact.failed.values()) or "it shows nothing"
-    return (
-        f"compare finds nothing to judge {trace.name} by: the model cannot run in float64 "
-        f"({reasons}), so it needs a reference for its output"
-    )
-
-
-def _notes(problem: Problem, traces: Sequence[Trace]) -> list[str]:
-    """What the rows do not say: what was paired, what was not called, NumPy's exp."""
-    notes = []
-    if problem.mismatch:
-        notes.append(
-            f"The reference judges the output alone: {problem.mismatch}. The layers are judged by "
-            "their own parameters."
-        )
-    for path, reason in problem.exact.failed.items():
-        notes.append(f"{path or 'The model'} cannot run in float64: {reason}.")
-    shown = [trace for trace in traces if trace.calls]
-    called = {call.path for trace in shown for call in trace.calls}
-    uncalled = [path for path in problem.model.places if path not in called]
-    if shown and uncalled:
-        notes.append(f"Never called, so not judged: {', '.join(uncalled)}.")
-    for trace in traces:
-        if trace.name == "numpy":
-            notes += _simd_exp(trace)
-    return notes
-
-
-def _simd_exp(trace: Trace) -> list[str]:
-    """Name NumPy's float32 exp where it, and not summing or dividing, costs the last bits."""
-    for call in trace.calls:
-        if "softmax" not in call.kind.lower() or not np.isfinite(call.input).all():
-            continue
-        x = call.input.astype(np.float32)
-        with np.errstate(all="ignore"):
-            shifted = x - x.max(axis=-1, keepdims=True)
-            right = np.exp(shifted.astype(np.float64)).astype(np.float32)
-            wrong = np.count_nonzero(np.exp(shifted) != right)
-        if wrong:
-            return [
-                f"NumPy's float32 exp, in vector instructions, is not correctly rounded for "
-                f"{wrong} of {x.size} numbers in layer {call.path}; "
-                "NPY_DISABLE_CPU_FEATURES=X86_V3 turns these off."
-            ]
-    return []

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Expected
 from torchnnfs.testing.layers import Layer
-from torchnnfs.testing.measure import Measured, Worst, measure
+from torchnnfs.testing.measure import Worst, measure, same
+from torchnnfs.testing.merge import Finding, Sample
+from torchnnfs.testing.merge import Judged as Judged
 from torchnnfs.testing.models import leaves, split
-from torchnnfs.testing.precision import PRECISIONS, Array, Precision
+from torchnnfs.testing.precision import PRECISIONS, Array
 from torchnnfs.testing.problem import Problem, nominal
 from torchnnfs.testing.traces import Call, Trace
 
@@ -104,18 +106,22 @@ class Row:
         return "dL/" in self.kind
 
 
-class Judged(NamedTuple):
-    """What was measured of an array, what that rests on, and who gave the expected one."""
-
-    measured: Measured
-    basis: str
-    source: str
-
-
 def judge(trace: Trace, problem: Problem) -> list[Row]:
     """A row for each call that the trace shows, and for the output where the calls miss it."""
-    rows: list[Row] = []
-    wrong = False  # whether a row before differs
+    return rows_of(trace, find(trace, problem), problem)
+
+
+class _Part(NamedTuple):
+    """The rows of the whole that a batch holds."""
+
+    start: int
+    rows: int
+
+
+def find(trace: Trace, problem: Problem, start: int = 0) -> list[Finding]:
+    """What is measured of a trace, whose input holds the rows of the whole from `start` on."""
+    part = _Part(start, rows_in(problem.model.input))
+    found: list[Finding] = []
     times: Counter[str] = Counter()
     step = 0
     last: Any = None
@@ -142,41 +148,66 @@ def judge(trace: Trace, problem: Problem) -> list[Row]:
         times[call.path] += 1
         label = place.label if place else call.path
         again = f" (call {times[call.path]})" if times[call.path] > 1 else ""
-        excess = None
+        here = Finding(call.path, label + again, "", call.kind)
+        first, *more = _measured(trace, here, call.output, isolated, chained, part)
+        sample = None
         if place and place.layer and isolated and call.path not in problem.reference.sources:
-            arguments = problem.exact.arguments[problem.paired[call.path]]
-            excess = _excess(place.layer, call, isolated, arguments, problem.precision)
-        found = _rows(
-            trace, label + again, call.kind, call.output, isolated, chained, excess, wrong
-        )
-        if not joined and found[0].isolated_ratio is not None and found[0].isolated_ratio <= 1:
-            found[0] = replace(found[0], state=DIFFERS, reason=_NOT_JOINED)
-        rows += found
-        wrong = wrong or any(row.state == DIFFERS for row in found)
+            sample = _sample(place.layer, call, isolated, part)
+        found += [replace(first, joined=joined, sample=sample), *more]
     named = problem.reference.sources.keys() | problem.reference.recorded.keys()
     shown = last is not None and step == len(problem.model.steps) and _same(last, trace.output)
     judged_here = problem.is_own and problem.formula is None
     needed = not shown or (judged_here and ("" in named or bool(problem.mismatch)))
     if needed and problem.output is not None:
-        label, kind = "(output)", type(problem.model.model).__name__
+        here = Finding("", "(output)", "", type(problem.model.model).__name__)
         if not trace.calls and problem.is_chain and "" not in named:
-            place = problem.model.places[problem.model.steps[-1]]
-            label, kind = place.label, place.kind
-        found = _rows(trace, label, kind, trace.output, None, problem.output, None, wrong)
-        rows += [_who_is_far(row, trace, problem) if not row.ok else row for row in found]
-    return [*_twice(trace, problem), *rows]
+            end = problem.model.places[problem.model.steps[-1]]
+            here = Finding(end.path, end.label, "", end.kind)
+        far = _far(trace, problem)
+        measured = _measured(trace, here, trace.output, None, problem.output, part)
+        found += [replace(each, far=far) for each in measured]
+    return [*_twice(trace, problem, part), *found]
 
 
-def judge_formula(problem: Problem) -> list[Row]:
-    """A row for the output of the model in float64, where a reference gives it in float64."""
+def find_formula(problem: Problem, start: int = 0) -> tuple[Trace, list[Finding]] | None:
+    """Of the output of the model in float64, where a reference gives it in float64."""
     exact = problem.model.end(PRECISIONS["float64"])
     if problem.formula is None or exact is None:
-        return []
+        return None
     trace = Trace("the model", "cpu", "float64", (), exact.output)
-    kind = type(problem.model.model).__name__
-    rows = _rows(trace, "(output)", kind, exact.output, None, problem.formula, None, False)
     words = "in float64 this is no rounding: the code or the parameters differ"
-    return [row if row.ok else replace(row, reason=f"{row.reason}; {words}") for row in rows]
+    here = Finding("", "(output)", "", type(problem.model.model).__name__, remark=words)
+    part = _Part(start, rows_in(problem.model.input))
+    return trace, list(_measured(trace, here, exact.output, None, problem.formula, part))
+
+
+def rows_in(input: Any) -> int:
+    """How many rows an input has, along the first axis of its first array."""
+    shape = next(iter(leaves(input).values())).shape
+    return int(shape[0]) if shape else 1
+
+
+def rows_of(trace: Trace, findings: Iterable[Finding], problem: Problem) -> list[Row]:
+    """The rows of a trace, from all that was found of it."""
+    rows: list[Row] = []
+    for (twice, _), group in groupby(findings, key=lambda each: each.key[:2]):
+        wrong = any(row.state == DIFFERS for row in rows if row.basis != TWICE)
+        for each in group:
+            excess = None
+            if each.sample is not None:
+                excess = _excess(each.sample, each.path, problem)
+            label = each.place + each.leaf
+            row = make_row(trace, label, each.kind, each.isolated, each.chained, excess, wrong)
+            if twice:
+                rows += _unstable(row)
+                continue
+            if not each.joined and row.isolated_ratio is not None and row.isolated_ratio <= 1:
+                row = replace(row, state=DIFFERS, reason=_NOT_JOINED)
+            remark = each.remark or _who_is_far(each.far)
+            if not row.ok and remark:
+                row = replace(row, reason=f"{row.reason}; {remark}")
+            rows.append(row)
+    return rows
 
 
 #: Of a step whose own result is right.
@@ -193,35 +224,33 @@ def _same(a: Any, b: Any) -> bool:
     )
 
 
-def _rows(
+def _measured(
     trace: Trace,
-    label: str,
-    kind: str,
+    here: Finding,
     output: Any,
     isolated: Expected | None,
     chained: Expected | None,
-    excess: float | None,
-    wrong: bool,
-) -> list[Row]:
-    """A row for each array of an output."""
+    part: _Part,
+) -> Iterator[Finding]:
+    """What is measured of each array of an output."""
     values = leaves(output)
     some = isolated or chained
     assert some is not None
-    found = []
     names = list(values) if len(values) == len(some.bounds) else [*values, *some.bounds][:1]
     if trace.calls and len(names) > 1 and names != list(some.bounds):
         values, names = {}, ["'s structure"]  # the same number of arrays, but other places
+    arrays = list(values.values())
     for index, name in enumerate(names):
-        arrays = list(values.values())
-        alone = None if isolated is None else _judged(arrays, isolated, index, trace)
+        alone = None if isolated is None else _judged(arrays, isolated, index, trace, part)
         whole = alone
         if chained is not isolated:
-            whole = None if chained is None else _judged(arrays, chained, index, trace)
-        found.append(make_row(trace, label + name, kind, alone, whole, excess, wrong))
-    return found
+            whole = None if chained is None else _judged(arrays, chained, index, trace, part)
+        yield replace(here, leaf=name, isolated=alone, chained=whole)
 
 
-def _judged(values: list[Array], expected: Expected, index: int, trace: Trace) -> Judged:
+def _judged(
+    values: list[Array], expected: Expected, index: int, trace: Trace, part: _Part
+) -> Judged:
     """One array of an output against the one that is expected at its place."""
     theirs, bounds = list(expected.values.values()), list(expected.bounds.values())
     precision = PRECISIONS[trace.dtype]
@@ -231,7 +260,9 @@ def _judged(values: list[Array], expected: Expected, index: int, trace: Trace) -
     value, exact, bound = values[index], theirs[index], bounds[index]
     if bound.shape != exact.shape:
         bound = np.full(exact.shape, np.max(bound, initial=0.0))
-    return Judged(measure(value, exact, bound, precision), expected.basis, expected.source)
+    start = part.start if exact.shape[:1] == (part.rows,) else 0
+    measured = measure(value, exact, bound, precision, start)
+    return Judged(measured, expected.basis, expected.source)
 
 
 def make_row(
@@ -269,7 +300,7 @@ def make_row(
         state=state,
         max_abs=measured.max_abs,
         max_ulp=measured.max_ulp,
-        bit_equal=measured.bit_equal,
+        bit_equal=measured.equal / measured.size if measured.size else 1.0,
         isolated_ratio=isolated and isolated.measured.ratio,
         chained_ratio=chained and chained.measured.ratio,
         chained_ulp=chained and chained.measured.max_ulp,
@@ -295,24 +326,30 @@ def _reason(judged: Judged) -> str:
     )
 
 
-def _excess(
-    layer: Layer, call: Call, expected: Expected, arguments: dict[str, Any], precision: Precision
-) -> float | None:
+def _sample(layer: Layer, call: Call, expected: Expected, part: _Part) -> Sample | None:
+    """The rows of a call that an honest computation is made for."""
+    value = np.asarray(call.output)
+    if layer.honest is None or expected.basis != ROUNDING:
+        return None
+    x, y = (array.reshape(-1, array.shape[-1]) for array in (call.input, expected.values[""]))
+    if value.size != y.size or not y.size:
+        return None
+    most = max(1, min(_HONEST_ROWS, _HONEST_PRODUCTS // max(1, x.shape[1] * y.shape[1])))
+    start = part.start * len(x) // part.rows
+    return Sample.of(most, start, x, y, value.reshape(y.shape))
+
+
+def _excess(sample: Sample, path: str, problem: Problem) -> float | None:
     """Root mean square of the error over that of an honest computation in the same precision.
 
     Of several honest ones the worst counts, and it is at least u / sqrt(3) of the output's root
     mean square: a number may be right by luck.
     """
-    if layer.honest is None or expected.basis != ROUNDING:
-        return None
-    x, y = (array.reshape(-1, array.shape[-1]) for array in (call.input, expected.values[""]))
-    value = np.asarray(call.output)
-    if value.size != y.size or not y.size:
-        return None
-    most = max(1, min(_HONEST_ROWS, _HONEST_PRODUCTS // max(1, x.shape[1] * y.shape[1])))
-    few = slice(None, None, -(-len(x) // most))
-    x, y, value = x[few], y[few], value.reshape(y.shape)[few]
-    honest = layer.honest(x, precision, **arguments)
+    precision, layer = problem.precision, problem.model.places[path].layer
+    assert layer is not None
+    assert layer.honest is not None
+    x, y, value = sample.arrays
+    honest = layer.honest(x, precision, **problem.exact.arguments[problem.paired[path]])
     usable = np.isfinite(y) & np.isfinite(value) & np.isfinite(honest).all(axis=0)
     usable &= np.abs(y) < precision.largest
     if not usable.any():
@@ -329,31 +366,44 @@ def _rms(values: Array) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-def _who_is_far(row: Row, trace: Trace, problem: Problem) -> Row:
-    """Beside a reference that differs: how far each of the two is from the model in float64."""
+def _far(trace: Trace, problem: Problem) -> tuple[float, float] | None:
+    """How far candidate and reference are from the model in float64, in bounds."""
     model, expected = problem.model.end(), problem.output
     if model is None or expected is None or not problem.reference.judges_output:
-        return row
-    far = []
+        return None
+    far, part = [], _Part(0, 0)
     for values in (leaves(trace.output), expected.values):
         arrays = list(values.values())
-        ratios = [_judged(arrays, model, i, trace).measured.ratio for i in range(len(arrays))]
-        far.append(max(ratios, default=0.0))
+        each = [_judged(arrays, model, i, trace, part).measured.ratio for i in range(len(arrays))]
+        far.append(max(each, default=0.0))
+    return far[0], far[1]
+
+
+def _who_is_far(far: tuple[float, float] | None) -> str:
+    """To be said beside a reference that differs."""
+    if far is None:
+        return ""
     if min(far) > 1:
         words = "both are far from the model's own layers and parameters in float64"
     elif far[0] > 1:
         words = "the candidate is far from the model's own layers and parameters in float64"
     else:
         words = "the candidate computes what the model's own layers and parameters give in float64"
-    numbers = f"{far[0]:.2g} times the bound for the candidate, {far[1]:.2g} for the reference"
-    return replace(row, reason=f"{row.reason}; {words} ({numbers})")
+    return (
+        f"{words} ({far[0]:.2g} times the bound for the candidate, {far[1]:.2g} for the reference)"
+    )
 
 
-def _twice(trace: Trace, problem: Problem) -> Iterator[Row]:
-    """A row where two runs on the same input differ by more than rounding explains."""
-    if trace.again is None or _same(trace.output, trace.again):
+def _twice(trace: Trace, problem: Problem, part: _Part) -> Iterator[Finding]:
+    """The second run on the same input against the first."""
+    if trace.again is None:
         return
+    here = Finding("", "(output)", "", type(problem.model.model).__name__, twice=True)
     first = leaves(trace.output)
+    if _same(trace.output, trace.again):
+        for name, value in first.items():
+            yield replace(here, leaf=name, chained=Judged(same(value), ESTIMATED, ""))
+        return
     bounds = {}
     known = problem.model.end()
     for index, (name, value) in enumerate(first.items()):
@@ -362,11 +412,15 @@ def _twice(trace: Trace, problem: Problem) -> Iterator[Row]:
             bound = list(known.bounds.values())[index]
             bounds[name] = 2 * bound if bound.shape == value.shape else bounds[name]
     expected = Expected(trace.output, bounds, ESTIMATED)
-    kind = type(problem.model.model).__name__
-    for row in _rows(trace, "(output)", kind, trace.again, None, expected, None, False):
-        if row.state == DIFFERS:
-            words = (
-                f"two runs on the same input gave {row.worst.expected:.9g} and "
-                f"{row.worst.value:.9g} at {list(row.worst.index)}"
-            )
-            yield replace(row, basis=TWICE, reason=words)
+    yield from _measured(trace, here, trace.again, None, expected, part)
+
+
+def _unstable(row: Row) -> list[Row]:
+    """The row, where two runs on the same input differ by more than rounding explains."""
+    if row.state != DIFFERS:
+        return []
+    words = (
+        f"two runs on the same input gave {row.worst.expected:.9g} and {row.worst.value:.9g} at "
+        f"{list(row.worst.index)}"
+    )
+    return [replace(row, basis=TWICE, reason=words)]

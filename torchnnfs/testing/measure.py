@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -30,12 +31,12 @@ class Worst:
 
 @dataclass(frozen=True)
 class Measured:
-    """What became of one array.
+    """What became of one array, or of several that are the rows of a whole.
 
     Attributes:
         max_abs: the largest absolute error.
         max_ulp: the largest error in units in the last place.
-        bit_equal: the fraction of elements that are the exact result correctly rounded.
+        equal: number of elements that are the exact result correctly rounded.
         ratio: the largest error over its bound.
         worst: the element behind `ratio`.
         ulps: number of elements with errors in ULP up to each of `ULP_EDGES`.
@@ -46,7 +47,7 @@ class Measured:
 
     max_abs: float
     max_ulp: float
-    bit_equal: float
+    equal: int
     ratio: float
     worst: Worst
     ulps: tuple[int, ...]
@@ -54,68 +55,111 @@ class Measured:
     size: int
     shapes: tuple[tuple[int, ...], ...] = ()
 
+    def joined(self, other: Measured) -> Measured:
+        """Both as one; of two equal ratios the one counts that comes first in the whole."""
+        if not (self.size and other.size):
+            return self if self.size else other
+        first = min(self, other, key=lambda each: (-each.ratio, each.worst.index))
+        return Measured(
+            max_abs=max(self.max_abs, other.max_abs),
+            max_ulp=max(self.max_ulp, other.max_ulp),
+            equal=self.equal + other.equal,
+            ratio=first.ratio,
+            worst=first.worst,
+            ulps=tuple(map(sum, zip(self.ulps, other.ulps, strict=True))),
+            unbounded=self.unbounded + other.unbounded,
+            size=self.size + other.size,
+            shapes=first.shapes,
+        )
+
 
 #: Elements measured at a time: few enough that what is computed between stays in the cache.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 14
+
+_NOWHERE, _NONE = Worst((), math.nan, math.nan), (0,) * len(ULP_EDGES)
 
 
-def measure(value: Array, exact: Array, bound: Array, precision: Precision) -> Measured:
-    """`value` against `exact`, elementwise, with `bound` what rounding can explain."""
+def same(value: Array) -> Measured:
+    """Of an array that is the exact one."""
+    worst = Worst((0,) * value.ndim, 0.0, 0.0)
+    return Measured(0.0, 0.0, value.size, 0.0, worst, (value.size, *_NONE[1:]), 0, value.size)
+
+
+def measure(
+    value: Array, exact: Array, bound: Array, precision: Precision, start: int = 0
+) -> Measured:
+    """`value` against `exact`, elementwise, with `bound` what rounding can explain.
+
+    The array holds the rows of a whole from `start` on.
+    """
     value, exact = np.asarray(value), np.asarray(exact)
-    nowhere, none = Worst((), math.nan, math.nan), (0,) * len(ULP_EDGES)
     if value.shape != exact.shape:
         shapes = value.shape, exact.shape
-        return Measured(math.inf, math.inf, 0.0, math.inf, nowhere, none, 0, 1, shapes)
+        return Measured(math.inf, math.inf, 0, math.inf, _NOWHERE, _NONE, 0, 1, shapes)
     if not value.size:
-        return Measured(0.0, 0.0, 1.0, 0.0, nowhere, none, 0, 0)
+        return Measured(0.0, 0.0, 0, 0.0, _NOWHERE, _NONE, 0, 0)
     bound = np.broadcast_to(bound, exact.shape)
     flat = [np.asarray(each, np.float64).reshape(-1) for each in (value, exact, bound)]
-    parts = []
+
+    def block(first: int) -> Measured:
+        some = [each[first : first + _BLOCK] for each in flat]
+        off, ratio, unbounded = _errors(precision, *some)
+        place = int(np.argmax(ratio))
+        index = [int(i) for i in np.unravel_index(first + place, value.shape)]
+        index[:1] = [start + i for i in index[:1]]
+        ulps = off / precision.ulp(some[1])
+        return Measured(
+            max_abs=float(off.max()),
+            max_ulp=float(ulps.max()),
+            equal=_equal(precision, *some[:2]),
+            ratio=float(ratio[place]),
+            worst=Worst(tuple(index), float(some[0][place]), float(some[1][place])),
+            ulps=_histogram(ulps),
+            unbounded=unbounded,
+            size=ulps.size,
+        )
+
     with np.errstate(all="ignore"):
-        for start in range(0, value.size, _BLOCK):
-            block = slice(start, start + _BLOCK)
-            part = _measure_block(precision, *(each[block] for each in flat))
-            place = int(np.argmax(part[0])) + start
-            parts.append((float(part[0].max()), place, *part[1:]))
-    ratios, places, max_abs, max_ulp, equal, ulps, unbounded = zip(*parts, strict=True)
-    worst = places[int(np.argmax(ratios))]
-    index = tuple(int(i) for i in np.unravel_index(worst, value.shape))
-    return Measured(
-        max_abs=max(max_abs),
-        max_ulp=max(max_ulp),
-        bit_equal=sum(equal) / value.size,
-        ratio=max(ratios),
-        worst=Worst(index, float(flat[0][worst]), float(flat[1][worst])),
-        ulps=tuple(int(count) for count in np.sum(ulps, axis=0)),
-        unbounded=sum(unbounded),
-        size=value.size,
-    )
+        return reduce(Measured.joined, map(block, range(0, value.size, _BLOCK)))
 
 
-def _measure_block(
+def _errors(
     precision: Precision, value: Array, exact: Array, bound: Array
-) -> tuple[Array, float, float, int, Array, int]:
-    rounded = precision.round(exact)
+) -> tuple[Array, Array, int]:
+    """The errors, what they are of their bounds, and how many elements have no bound."""
+    error: Array = np.abs(value - exact)
+    if error.max() < np.inf and bound.max() < np.inf:  # NaN is not: nearly all blocks are so
+        ratio = error / bound
+        if np.isnan(ratio.max()):  # zero by zero
+            ratio[error == 0] = 0.0
+        return error, ratio, 0
     both_nan = np.isnan(value) & np.isnan(exact)
-    equal = both_nan | ((value == rounded) & (np.signbit(value) == np.signbit(rounded)))
     # Right, too: infinite where the exact result lies beyond the dtype's numbers or may do so by
     # rounding. Without a bound nothing finite can be wrong.
     overflow = np.isinf(value) & (np.sign(value) == np.sign(exact))
     overflow &= np.abs(exact) + bound >= precision.largest
-    error = np.where((value == exact) | both_nan | overflow, 0.0, np.abs(value - exact))
+    error[(value == exact) | both_nan | overflow] = 0.0
     error[np.isnan(error)] = np.inf
     beyond = overflow & (np.abs(exact) > precision.largest)  # infinity alone is right there
     unbounded = np.isfinite(exact) & np.isinf(bound) & ~beyond
     ratio = np.where(error > 0, error / bound, 0.0)
     ratio[unbounded] = 0.0
     ratio[np.isnan(ratio)] = np.inf
-    off = error / precision.ulp(exact)
-    ulps = np.bincount(np.searchsorted(ULP_EDGES, off), minlength=len(ULP_EDGES))
-    return (
-        ratio,
-        float(error.max()),
-        float(off.max()),
-        int(np.count_nonzero(equal)),
-        ulps,
-        int(np.count_nonzero(unbounded)),
-    )
+    return error, ratio, int(np.count_nonzero(unbounded))
+
+
+def _equal(precision: Precision, value: Array, exact: Array) -> int:
+    """How many are correctly rounded, bit by bit: the two zeros differ, all NaN are the same."""
+    rounded = precision.round(exact)
+    equal = value.view(np.int64) == rounded.view(np.int64)
+    if np.isnan(rounded.sum()):
+        equal |= np.isnan(value) & np.isnan(rounded)
+    return int(np.count_nonzero(equal))
+
+
+def _histogram(ulps: Array) -> tuple[int, ...]:
+    below: list[int] = []
+    for edge in ULP_EDGES:
+        known = below and below[-1] == ulps.size
+        below.append(ulps.size if known else int(np.count_nonzero(ulps <= edge)))
+    return tuple(int(count) for count in np.diff(below, prepend=0))

@@ -65,19 +65,26 @@ class Precision:
 
     def ulp(self, y: Array) -> Array:
         """Unit in the last place of the stored type at `y`."""
-        exponent = np.frexp(y)[1]
-        unit = np.maximum(np.ldexp(1.0, exponent - self.digits), self.smallest)
-        return np.where(y == 0, self.smallest, unit)
+        power = (np.abs(y, dtype=np.float64).view(np.int64) & _EXPONENT).view(np.float64)
+        return np.clip(power * 2.0 ** (1 - self.digits), self.smallest, self.largest)
 
     def round(self, y: Array) -> Array:
         """`y`, in float64, rounded to the nearest number of the stored type, ties to even."""
         if self.digits == 53:
             return y
         with np.errstate(all="ignore"):
+            if self.digits in _STORED:
+                return np.asarray(y).astype(_STORED[self.digits]).astype(np.float64)
             unit = self.ulp(y)
             rounded = np.rint(y / unit) * unit
             return np.where(np.abs(rounded) > self.largest, np.copysign(np.inf, y), rounded)
 
+
+#: The bits of a number in float64 that hold its exponent.
+_EXPONENT = np.int64(0x7FF << 52)
+
+#: What NumPy stores with that many significant bits.
+_STORED = {24: np.float32, 11: np.float16}
 
 _U64 = 2.0**-53
 _U32 = 2.0**-24 + _U64

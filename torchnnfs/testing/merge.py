@@ -1,0 +1,173 @@
+"""What was found of batches, joined to what is found of the whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from torchnnfs.testing.measure import Measured
+from torchnnfs.testing.precision import Array
+from torchnnfs.testing.traces import Trace
+
+
+class Judged(NamedTuple):
+    """What was measured of an array, what that rests on, and who gave the expected one."""
+
+    measured: Measured
+    basis: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Evenly spaced rows of a whole: every 2^k-th, as many as `most` allows, in any batches.
+
+    Attributes:
+        most: the largest number of rows.
+        end: how many rows of the whole came so far.
+        rows: the numbers of the rows that are kept.
+        arrays: these rows of each array.
+    """
+
+    most: int
+    end: int
+    rows: Array
+    arrays: tuple[Array, ...]
+
+    @staticmethod
+    def of(most: int, start: int, *arrays: Array) -> Sample:
+        """The sample of a batch that begins at row `start` of the whole."""
+        end = start + len(arrays[0])
+        step = _step(end, most)
+        kept = slice(-start % step, None, step)
+        # Copies: a view would keep the whole batch.
+        return Sample(
+            most, end, np.arange(start, end)[kept], tuple(each[kept].copy() for each in arrays)
+        )
+
+    def joined(self, other: Sample) -> Sample:
+        """The sample of both parts together, in the order of their rows."""
+        end = max(self.end, other.end)
+        rows = np.concatenate([self.rows, other.rows])
+        kept = np.argsort(rows, kind="stable")
+        kept = kept[rows[kept] % _step(end, self.most) == 0]
+        pairs = zip(self.arrays, other.arrays, strict=True)
+        arrays = tuple(np.concatenate(pair)[kept] for pair in pairs)
+        return Sample(self.most, end, rows[kept], arrays)
+
+
+def _step(end: int, most: int) -> int:
+    return 1 << (-(-end // most) - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured at one place of one trace.
+
+    Attributes:
+        path: of the place in the model.
+        place: how rows name it.
+        leaf: where the array is in a nested output.
+        kind: type of the module.
+        isolated: on the input that the place really got.
+        chained: from the model's input on.
+        sample: input, exact and computed output of a layer with an honest computation.
+        joined: whether it got what the place before gave.
+        far: how far the candidate and the reference are from the model in float64.
+        remark: what to add where it differs.
+        twice: whether it is about a second run.
+    """
+
+    path: str
+    place: str
+    leaf: str
+    kind: str
+    isolated: Judged | None = None
+    chained: Judged | None = None
+    sample: Sample | None = None
+    joined: bool = True
+    far: tuple[float, float] | None = None
+    remark: str = ""
+    twice: bool = False
+
+    @property
+    def key(self) -> tuple[bool, str, str]:
+        """What is the same in all batches."""
+        return self.twice, self.place, self.leaf
+
+    def merged(self, other: Finding) -> Finding:
+        """Both as one."""
+        far = self.far or other.far
+        if self.far and other.far:
+            far = max(self.far[0], other.far[0]), max(self.far[1], other.far[1])
+        return replace(
+            self,
+            isolated=_both(self.isolated, other.isolated),
+            chained=_both(self.chained, other.chained),
+            sample=_samples(self.sample, other.sample),
+            joined=self.joined and other.joined,
+            far=far,
+        )
+
+
+def _both(one: Judged | None, two: Judged | None) -> Judged | None:
+    if one is None or two is None:
+        return one or two
+    return one._replace(measured=one.measured.joined(two.measured))
+
+
+def _samples(one: Sample | None, two: Sample | None) -> Sample | None:
+    return one.joined(two) if one and two else one or two
+
+
+@dataclass
+class Seen:
+    """What was found of one trace in the batches so far.
+
+    Attributes:
+        trace: who computed; without arrays.
+        findings: by their keys, in order.
+        called: the paths of the places that were called.
+        inexact: of each softmax of NumPy the numbers whose exp is not correctly rounded.
+        sizes: of all numbers there.
+    """
+
+    trace: Trace
+    findings: dict[tuple[bool, str, str], Finding] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
+    inexact: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Seen) -> None:
+        """Take in what was found of more batches."""
+        for key, finding in other.findings.items():
+            mine = self.findings.get(key)
+            self.findings[key] = finding if mine is None else mine.merged(finding)
+        self.called |= other.called
+        self.inexact.update(other.inexact)
+        self.sizes.update(other.sizes)
+
+
+@dataclass
+class Whole:
+    """What was found of all batches so far.
+
+    Attributes:
+        seen: of each trace, by its number.
+        shown: rows of the input and of the first candidate's output.
+    """
+
+    seen: dict[int, Seen] = field(default_factory=dict)
+    shown: Sample | None = None
+
+    def add(self, other: Whole) -> None:
+        """Take in what was found of more batches."""
+        for number, seen in other.seen.items():
+            if number in self.seen:
+                self.seen[number].add(seen)
+            else:
+                self.seen[number] = seen
+        self.shown = _samples(self.shown, other.shown)
