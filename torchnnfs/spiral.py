@@ -57,7 +57,6 @@ def spiral(
         raise TypeError(f"spiral expects a floating-point dtype, got {dtype}")
     device = torch.empty(0, device=device).device
     check_generator("spiral", generator, device)
-    target = torch.arange(classes, device=device).repeat_interleave(samples)
     if isinstance(generator, np.random.RandomState):
         if classes > 256:
             raise ValueError(
@@ -65,8 +64,8 @@ def spiral(
                 f"keeps them in uint8, got {classes}; draw from a torch.Generator instead"
             )
         with book_numpy(generator):
-            points, _ = spiral_data(samples, classes)
-        return torch.from_numpy(points).to(device, dtype), target
+            points, labels = map(torch.from_numpy, spiral_data(samples, classes))
+        return points.to(device, dtype), labels.to(device, torch.int64)
     # A half type could not tell neighbouring radii apart: draw in float32 at least, round once.
     precise = torch.promote_types(dtype, torch.float32)
     radius = torch.linspace(0, 1, samples, device=device, dtype=precise)
@@ -76,4 +75,5 @@ def spiral(
     points = torch.empty(classes, samples, 2, device=device, dtype=dtype)
     points[..., 0] = radius * angle.sin()
     points[..., 1] = radius * angle.cos()
+    target = torch.arange(classes, device=device).repeat_interleave(samples)
     return points.reshape(-1, 2), target
