@@ -183,8 +183,8 @@ def find_formula(problem: Problem, start: int = 0) -> tuple[Trace, list[Finding]
 
 def rows_in(input: Any) -> int:
     """How many rows an input has, along the first axis of its first array."""
-    shape = next(iter(leaves(input).values())).shape
-    return int(shape[0]) if shape else 1
+    first = next(iter(leaves(input).values()), None)
+    return len(first) if first is not None and first.ndim else 1
 
 
 def rows_of(trace: Trace, findings: Iterable[Finding], problem: Problem) -> list[Row]:
