@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import itertools
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
 from torchnnfs.testing import html, plot
+from torchnnfs.testing.batches import in_batches, processes, shown
 from torchnnfs.testing.candidates import (
     DTYPES,
     KINDS,
@@ -160,7 +160,6 @@ def _spiral(arguments: argparse.Namespace) -> _Task:
             raise ValueError(f"--{option} is for a model of your own: name it, as mymodule:model")
     samples, classes = arguments.samples or 100, arguments.classes or 3
     widths, rows = (2, *(arguments.hidden or [3]), classes), samples * classes
-    _check_memory(widths, rows)
     stream = np.random.RandomState(arguments.seed or 0)
     points, target = spiral(samples, classes, generator=stream, device="cpu")
     model = classifier(*widths, generator=stream, device="cpu")
@@ -171,19 +170,6 @@ def _spiral(arguments: argparse.Namespace) -> _Task:
         "seed": seed,
     }
     return _Task(model, points, target, None, facts)
-
-
-def _check_memory(widths: Sequence[int], rows: int) -> None:
-    """A machine that runs out of memory kills the process; better a word before."""
-    parameters = sum((n + 1) * m for n, m in itertools.pairwise(widths))
-    arrays = 16  # of float64 and of the widest layer's size: both sides, their errors and bounds
-    needed = (rows * max(widths) + parameters) * 8 * arrays
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ValueError(
-            f"this would need about {needed >> 30} GiB of memory, {there >> 30} are here; take "
-            "fewer --samples or narrower --hidden layers"
-        )
 
 
 def _own(arguments: argparse.Namespace) -> _Task:
@@ -293,10 +279,10 @@ def _show(task: _Task, comparison: Comparison, skipped: Sequence[str]) -> None:
     console = _console()
     for name, fact in {**task.facts, **comparison.environment}.items():
         console.print(f"{name + ':':<26}{fact}", markup=False)
-    first, few = comparison.traces[0], comparison.output[:5]
+    first, few = comparison.rows[0], comparison.output[:5]
     shown = few.astype(np.float32) if first.dtype != "float64" else few
     values = np.array2string(shown, max_line_width=100, threshold=50)
-    heading = f"first outputs of {first.name} on {first.device} in {first.dtype}:"
+    heading = f"first outputs of {first.candidate} on {first.device} in {first.dtype}:"
     console.print(f"\n{heading}\n{values}\n", markup=False)
     for reason in skipped:
         console.print(f"Skipped: {reason}", markup=False, soft_wrap=True)
@@ -323,18 +309,35 @@ def _compare(arguments: argparse.Namespace) -> int:
         check_writable(f"--{option}", name)
     task = _spiral(arguments) if arguments.model is None else _own(arguments)
     candidates, skipped = _candidates(arguments, devices)
-    with Console(stderr=True).status("") as status:
-        comparison = compare(
-            task.model,
-            task.input,
-            reference=task.reference,
-            candidates=candidates,
-            golden_file=arguments.golden,
-            backward=arguments.backward,
-            target=task.target,
-            controls=not arguments.no_controls,
-            progress=lambda step: status.update(step),
-        )
+    # Golden files and gradients are of the whole.
+    whole = arguments.backward or bool(arguments.golden or arguments.save_golden)
+    with processes() as group:
+        with shown(task.input) as (say, done):
+            comparison = compare(
+                task.model,
+                task.input if whole else in_batches(task.input, group, done),
+                reference=task.reference,
+                candidates=candidates,
+                golden_file=arguments.golden,
+                backward=arguments.backward,
+                target=task.target,
+                controls=not arguments.no_controls,
+                progress=say,
+                group=group,
+            )
+        if group is None or group.rank() == 0:
+            _report(arguments, task, comparison, skipped, files, render)
+    return AGREES if comparison.ok else DISAGREES
+
+
+def _report(
+    arguments: argparse.Namespace,
+    task: _Task,
+    comparison: Comparison,
+    skipped: Sequence[str],
+    files: dict[str, str],
+    render: dict[str, Callable[[Comparison], bytes]],
+) -> None:
     if arguments.save_golden is not None:
         comparison.save_golden(arguments.save_golden)
     # Files first: what is printed may go to a reader who stops reading.
@@ -352,7 +355,6 @@ def _compare(arguments: argparse.Namespace) -> int:
         _show(task, comparison, skipped)
     if failure is not None:
         raise failure
-    return AGREES if comparison.ok else DISAGREES
 
 
 def _close_stdout() -> None:
