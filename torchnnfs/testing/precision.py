@@ -66,7 +66,7 @@ class Precision:
     def ulp(self, y: Array) -> Array:
         """Unit in the last place of the stored type at `y`."""
         power = (np.abs(y, dtype=np.float64).view(np.int64) & _EXPONENT).view(np.float64)
-        return np.clip(power * 2.0 ** (1 - self.digits), self.smallest, self.largest)
+        return np.clip(power * 2.0 ** (1 - self.digits), self.smallest, 2.0**1000)
 
     def round(self, y: Array) -> Array:
         """`y`, in float64, rounded to the nearest number of the stored type, ties to even."""
