@@ -1,6 +1,8 @@
+import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from torchnnfs.__main__ import main
 from torchnnfs.testing import candidates
+from torchnnfs.testing.files import write_whole
 
 
 def test_compare_prints_what_was_run(capsys):
@@ -104,6 +107,11 @@ def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, caps
         ("compare --markdown=", "--markdown '' names no file"),
         ("compare --json " + "a" * 300, "cannot be written: File name too long"),
         ("compare --json a --html a", "each report and golden file needs a name of its own"),
+        ("compare --json a --html ./a", "a name of its own: --html './a' is --json as well"),
+        ("compare --golden g --save-golden g", "--save-golden 'g' is --golden as well"),
+        ("compare --golden g --save-golden ./g", "--save-golden './g' is --golden as well"),
+        ("compare --golden=", "--golden '' names no file"),
+        ("compare --save-golden=", "--save-golden '' names no file"),
         ("compare --save-golden -", "each report and golden file needs a name of its own"),
         ("compare --candidates numbers", "argument --candidates: invalid choice: 'numbers'"),
         (
@@ -221,8 +229,10 @@ def test_an_error_in_the_models_code_is_one_line_with_a_status_of_its_own(own, c
     error = capsys.readouterr().err
     assert error.startswith("torchnnfs compare: KeyError: 'missing' (an error in the model's code")
     assert error.count("\n") == 1
-    with pytest.raises(KeyError, match="missing"):
-        main([*command, "--debug"])
+    assert main([*command, "--debug"]) == 70
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert "in fails" in error
 
 
 def test_nothing_asked_for_shows_help(capsys):
@@ -277,13 +287,118 @@ def test_a_full_disk_is_one_line():
     assert run.stderr == b"torchnnfs page: [Errno 28] No space left on device\n"
 
 
-def test_interrupted(monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_is_one_line_and_leaves_no_file(number, status, word, tmp_path, capsys):
+    def stopped(*_):
+        os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("torchnnfs.__main__.compare", interrupted)
-    assert main(["compare"]) == 130
-    assert capsys.readouterr().err == "torchnnfs compare: interrupted\n"
+    before = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)
+        command = ["compare", "--candidates", "eager", "--json", str(tmp_path / "a.json")]
+        assert main(command) == status
+    captured = capsys.readouterr()
+    assert captured == ("", f"torchnnfs compare: {word}\n")
+    assert os.listdir(tmp_path) == []
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("before", ["numpy", "torch.nn"])
+def test_a_signal_while_packages_are_imported_is_one_line(number, before, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import builtins, os, sys\n"
+        "real = builtins.__import__\n"
+        "def stops(name, *rest):\n"
+        f"    if name == {before!r} and 'torchnnfs' in sys.modules:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = stops\n"
+    )
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    run = subprocess.run(
+        [sys.executable, "-m", "torchnnfs", "page"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert (run.returncode, run.stdout) == (128 + number, "")
+    assert run.stderr == f"torchnnfs: {word}\n"
+
+
+def test_links_to_one_file_are_one_file(tmp_path, capsys):
+    (tmp_path / "b.npz").symlink_to(tmp_path / "a.npz")
+    names = [str(tmp_path / name) for name in ("a.npz", "b.npz")]
+    assert main(["compare", "--golden", names[0], "--save-golden", names[1]]) == 2
+    assert "is --golden as well" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["b.npz"]
+
+
+def test_what_was_judged_is_kept_when_one_file_cannot_be_written(tmp_path, capsys, monkeypatch):
+    real = Path.replace
+
+    def full(self, target):
+        if target.suffix == ".npz":
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    names = [str(tmp_path / name) for name in ("a.npz", "a.json")]
+    command = ["compare", "--candidates", "eager", "--save-golden", names[0], "--json", names[1]]
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert "AGREES" in captured.out
+    assert (
+        captured.err
+        == f"torchnnfs compare: {names[0]!r} cannot be written: No space left on device\n"
+    )
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_an_existing_file_keeps_its_mode_and_a_link_its_target(tmp_path, mode):
+    target, link = tmp_path / "a.json", tmp_path / "link.json"
+    target.write_text("old")
+    target.chmod(mode)
+    link.symlink_to(target)
+    write_whole(str(link), b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert target.stat().st_mode & 0o777 == mode
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "link.json"]
+
+
+def test_the_temporary_name_cannot_be_guessed(tmp_path, monkeypatch):
+    names = []
+    real = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: names.append(self.name) or real(self, to))
+    for _ in range(3):
+        write_whole(str(tmp_path / "a"), b"")
+    assert len(set(names)) == 3
+    assert all(re.fullmatch(r"\.[0-9a-f]{32}\.part", name) for name in names)
+
+
+def test_help_names_each_default_once(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "points on each spiral arm (default: 100)" in words
+    assert "default: None" not in words
+    assert not re.search(r"\(default: [^)]*\) \(default", words)
+    assert "70 an error of ours" in words
+
+
+def test_a_short_share_of_the_fuzzing(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    ends, faults = importlib.import_module("fuzz").fuzz(60, 5)
+    assert faults == []
+    assert ends[2] > 20
+    assert sum(ends.values()) == 60
 
 
 def test_every_kind_of_report_is_written(tmp_path, capsys):

@@ -57,6 +57,7 @@ LAYERS = [
     "torchnnfs.streams",
     "torchnnfs.checks",
     "torchnnfs.version",
+    "torchnnfs._signals",
 ]
 FILES = sorted(ROOT.rglob("*.py"))
 WITHOUT_TORCH = [ROOT / "testing" / "precision.py", *(ROOT / "testing" / "layers").glob("*.py")]
@@ -109,6 +110,8 @@ def test_init_holds_a_sorted_all_and_nothing_else(package):
     assert package.__all__ == sorted(package.__all__)
     docstring, *rest = ast.parse(Path(package.__file__).read_text()).body
     assert isinstance(docstring, ast.Expr)
+    if package is torchnnfs:
+        assert ast.unparse(rest.pop(0)) == "import torchnnfs._signals"
     assert [type(node) for node in rest] == [ast.ImportFrom] * (len(rest) - 1) + [ast.Assign]
     imported = {alias.name for node in rest[:-1] for alias in node.names}
     assert imported == set(package.__all__)

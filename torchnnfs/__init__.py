@@ -1,5 +1,6 @@
 """Chapter 4 of "Neural Networks from Scratch" as PyTorch modules, proven equal to NumPy."""
 
+import torchnnfs._signals  # noqa: F401 - first, for torch takes seconds to import
 from torchnnfs import book
 from torchnnfs.classes import from_torch, to_torch
 from torchnnfs.fused import fuse

@@ -9,19 +9,21 @@ import os
 import re
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
+from torchnnfs._signals import WORDS, Stopped, handle, stop
 from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
-from torchnnfs.testing import html, plot
+from torchnnfs.testing import html, page, plot
 from torchnnfs.testing.batches import in_batches, processes, shown
 from torchnnfs.testing.candidates import (
     DTYPES,
@@ -34,39 +36,48 @@ from torchnnfs.testing.candidates import (
 from torchnnfs.testing.comparison import Comparison, compare
 from torchnnfs.testing.files import check_writable, write_whole
 from torchnnfs.testing.models import leaves
-from torchnnfs.testing.page import compute as compute_page
-from torchnnfs.testing.page import show as show_page
+from torchnnfs.testing.outcome import plain
 from torchnnfs.testing.report import show
 from torchnnfs.version import __version__
 
 AGREES, DISAGREES, USAGE, MISSING, FAULT = 0, 1, 2, 3, 70
 
+_STATUSES = (
+    "Exit status: 0 agrees, 1 disagrees, 2 wrong usage or input, 3 a package is missing, 70 an "
+    "error of ours or in the model's code, 130 interrupted, 143 terminated."
+)
+
 #: What is judged where nothing else is asked for: nothing that loads a compiler or an exporter.
 _QUICK = ("eager", "numpy")
+
+#: The options of the book's network, and those of a model of one's own.
+_BOOK, _OWN = ("samples", "classes", "hidden", "seed"), ("input", "reference", "target")
+#: How each report is written.
+_REPORTS: dict[str, Callable[[Comparison, str], bytes]] = {
+    "json": lambda comparison, name: f"{comparison.to_json()}\n".encode(),
+    "markdown": lambda comparison, name: comparison.to_markdown().encode(),
+    "html": lambda comparison, name: html.page(comparison).encode(),
+    "plot": lambda comparison, name: plot.render(comparison, plot.kind_of(name)),
+}
+_FLAGS = ("device", "dtype", "candidates", "backward", "no-controls", "golden", "save-golden")
+_OPTIONS = [f"--{name}" for name in (*_BOOK, *_OWN, *_REPORTS, *_FLAGS, "debug", "version", "help")]
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         typo = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s']+)", message)
-        if typo:
-            known = [*self._option_string_actions, *KINDS, *DTYPES]
-            for action in self._actions:
-                if isinstance(action, argparse._SubParsersAction):
-                    known += action.choices
-                    for command in action.choices.values():
-                        known += command._option_string_actions
-            near = difflib.get_close_matches(typo[1], known, 1)
-            message += f"; did you mean {near[0]}?" if near else ""
-        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        known = [*KINDS, *DTYPES, "compare", "page", *_OPTIONS]
+        near = difflib.get_close_matches(typo[1], known, 1) if typo else []
+        message += f"; did you mean {near[0]}?" if near else ""
+        self.exit(USAGE, plain(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def _number(least: int, most: int | None = None) -> Callable[[str], int]:
     def int_(text: str) -> int:
-        number = int(text)
-        if number < least or (most is not None and number > most):
-            wanted = f"at least {least}" if most is None else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {number}")
-        return number
+        wanted = f"at least {least}" if most is None else f"{least} to {most}"
+        if int(text) < least or (most is not None and int(text) > most):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {int(text)}")
+        return int(text)
 
     int_.__name__ = "int"  # argparse prints it: "invalid int value"
     return int_
@@ -83,24 +94,22 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         help="judge a model in torch against NumPy, layer by layer",
         description="Judge every layer of a model against NumPy in float64: the book's spiral "
-        "forward pass, or a model of your own. "
-        "Exit status: 0 agrees, 1 disagrees, 2 wrong usage, 3 a package is missing, 70 an error in "
-        "the model's code or in ours.",
+        f"forward pass, or a model of your own. {_STATUSES}",
     )
     add = command.add_argument
     add("model", nargs="?", metavar="MODULE:MODEL", help="a model of your own, or what makes it")
-    own = command.add_argument_group("for a model of your own")
-    own.add_argument("--input", metavar="FILE", help=".npy: its input; .npz: keyword arguments")
-    own.add_argument("--reference", metavar="MODULE:NAME", help="what to compare with; or a .npy")
-    own.add_argument("--target", metavar="FILE.npy", help="the classes, for --backward")
-    book = command.add_argument_group("for the book's network")
-    book.add_argument("--samples", type=_number(1), help="points on each spiral arm (100)")
-    book.add_argument("--classes", type=_number(1), help="spiral arms, at most 256 (3)")
-    book.add_argument("--hidden", type=_number(1), nargs="+", help="neurons of hidden layers (3)")
-    book.add_argument("--seed", type=_number(0, 2**32 - 1), help="of data and weights (0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (all of this machine)")
-    add("--dtype", nargs="+", choices=DTYPES, help="what torch computes in (the model's own)")
-    names = f"{', '.join(KINDS)}, or all ({' '.join(_QUICK)})"
+    own = command.add_argument_group("for a model of your own").add_argument
+    own("--input", metavar="FILE", help=".npy: its input; .npz: keyword arguments")
+    own("--reference", metavar="MODULE:NAME", help="what to compare with; or a .npy")
+    own("--target", metavar="FILE.npy", help="the classes, for --backward")
+    book = command.add_argument_group("for the book's network").add_argument
+    book("--samples", type=_number(1), help="points on each spiral arm (default: 100)")
+    book("--classes", type=_number(1), help="spiral arms, at most 256 (default: 3)")
+    book("--hidden", type=_number(1), nargs="+", help="neurons of hidden layers (default: 3)")
+    book("--seed", type=_number(0, 2**32 - 1), help="of data and weights (default: 0)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: all of this machine)")
+    add("--dtype", nargs="+", choices=DTYPES, help="of torch (default: the model's own)")
+    names = f"{', '.join(KINDS)}, or all (default: {' '.join(_QUICK)})"
     add("--candidates", nargs="+", choices=[*KINDS, "all"], metavar="NAME", help=names)
     add("--backward", action="store_true", help="judge the gradients of torch eager as well")
     add("--no-controls", action="store_true", help="do not try deliberately broken copies")
@@ -110,94 +119,72 @@ def _parser() -> argparse.ArgumentParser:
     add("--markdown", metavar="FILE", help="write the report as Markdown; - is standard output")
     add("--html", metavar="FILE", help="write the report as one page with pictures")
     add("--plot", metavar="FILE", help="write the pictures as .png or .svg")
-    page = commands.add_parser(
+    chapter = commands.add_parser(
         "page",
         help="print chapter 4's page in the book's arithmetic, and what others print",
         description="Print the end of chapter 4 as the book prints it, beside what this machine's "
         "NumPy and float32 torch print, with the digits that differ marked, and why they do. "
-        "Exit status: 0 the page is right, 1 it is not, 2 wrong usage.",
+        f"{_STATUSES}",
     )
-    page.add_argument("--device", default="cpu", help="where torch computes: cpu, cuda, ... (cpu)")
-    for each in (command, page):
+    chapter.add_argument("--device", default="cpu", help="where torch computes (default: cpu)")
+    for each in (command, chapter):
         each.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser
 
 
 def _devices(name: str) -> list[torch.device]:
     here = devices_here()
-    names = ", ".join(str(device) for device in here)
     if name == "auto":
         return here
+    names = ", ".join(map(str, here))
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name!r} is unknown to torch; here are {names}") from None
-    same = [known for known in here if known.type == device.type]
-    if device.index is None:
-        same = same[:1]
-    else:
-        same = [known for known in same if (known.index or 0) == device.index]
+    same = [each for each in here if each.type == device.type]
+    same = [each for each in same if (each.index or 0) == (device.index or 0)]
     if not same:
         raise ValueError(f"--device {name!r} is not on this machine; here are {names}")
     return same
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What is judged, and what to say of it."""
-
-    model: nn.Module
-    input: Any
-    target: Tensor | None
-    reference: Any
-    facts: dict[str, str]
-
-
-def _spiral(arguments: argparse.Namespace) -> _Task:
-    """The book's network on its data. Data first, then the network, as the book draws them."""
-    for option in ("input", "reference", "target"):
-        if getattr(arguments, option) is not None:
-            raise ValueError(f"--{option} is for a model of your own: name it, as mymodule:model")
+def _spiral(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments of `compare` for the book's network on its data, and what to say of them."""
     samples, classes = arguments.samples or 100, arguments.classes or 3
+    seed = arguments.seed or 0
     widths, rows = (2, *(arguments.hidden or [3]), classes), samples * classes
-    stream = np.random.RandomState(arguments.seed or 0)
+    stream = np.random.RandomState(seed)
     points, target = spiral(samples, classes, generator=stream, device="cpu")
     model = classifier(*widths, generator=stream, device="cpu")
-    seed = f"{arguments.seed or 0}, of numpy.random.RandomState: data first, then the layers"
     facts = {
         "network": f"{' -> '.join(map(str, widths))}: Dense, ReLU, ..., Dense, Softmax",
         "data": f"spiral, {samples} samples x {classes} classes = {rows} rows",
-        "seed": seed,
+        "seed": f"{seed}, of numpy.random.RandomState: data first, then the layers",
     }
-    return _Task(model, points, target, None, facts)
+    return {"model": model, "input": points, "target": target}, facts
 
 
-def _own(arguments: argparse.Namespace) -> _Task:
+def _own(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     """A model of the user's, from a module that Python can import here."""
-    for option in ("samples", "classes", "hidden", "seed"):
-        if getattr(arguments, option) is not None:
-            raise ValueError(f"--{option} is for the book's network; {arguments.model} is another")
+    name, reference = arguments.model, arguments.reference
     if arguments.input is None:
-        raise ValueError(f"{arguments.model} needs its input: --input FILE.npy")
-    model = _named(arguments.model)
+        raise ValueError(f"{name} needs its input: --input FILE.npy")
+    model = _named(name)
     if not isinstance(model, nn.Module) and callable(model):
         model = model()
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"{arguments.model} is expected to be a torch.nn.Module or to make one, got "
-            f"{type(model).__name__}"
-        )
-    input = _loaded("--input", arguments.input)
-    target = None if arguments.target is None else _loaded("--target", arguments.target)
-    reference = arguments.reference
+        got = type(model).__name__
+        raise ValueError(f"{name} is expected to be a torch.nn.Module or to make one, got {got}")
+    task = {"model": model, "input": _loaded("input", arguments.input)}
+    shapes = [f"{tuple(each.shape)} {each.dtype}" for each in leaves(task["input"]).values()]
+    facts = {"model": name, "input": f"{arguments.input}: {', '.join(shapes)}"}
+    if arguments.target is not None:
+        task["target"] = _loaded("target", arguments.target)
     if reference is not None:
         array = reference.endswith(".npy")
-        reference = _loaded("--reference", reference) if array else _named(reference)
-    shapes = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in leaves(input).values())
-    facts = {"model": arguments.model, "input": f"{arguments.input}: {shapes}"}
-    if arguments.reference is not None:
-        facts["reference"] = arguments.reference
-    return _Task(model, input, target, reference, facts)
+        task["reference"] = _loaded("reference", reference) if array else _named(reference)
+        facts["reference"] = reference
+    return task, facts
 
 
 def _named(name: str) -> Any:
@@ -231,21 +218,18 @@ def _loaded(option: str, name: str) -> Any:
                 return torch.from_numpy(content)
             return {key: torch.from_numpy(content[key]) for key in content.files}
     except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        reason = (
-            str(error) if isinstance(error, OSError) else "it is no .npy or .npz file of numbers"
-        )
-        raise ValueError(f"{option} {name!r} cannot be read: {reason}") from None
+        no_file = isinstance(error, OSError)
+        reason = str(error) if no_file else "it is no .npy or .npz file of numbers"
+        raise ValueError(f"--{option} {name!r} cannot be read: {reason}") from None
 
 
 def _candidates(
     arguments: argparse.Namespace, devices: list[torch.device]
 ) -> tuple[list[Candidate], list[str]]:
     """The candidates, and what was left out and why."""
-    names = arguments.candidates or list(_QUICK)
-    dtypes: list[torch.dtype | None] = [
-        DTYPES[name] for name in dict.fromkeys(arguments.dtype or [])
-    ]
-    dtypes = dtypes or [None]
+    wanted = dict.fromkeys(arguments.dtype or [None])
+    dtypes = [None if name is None else DTYPES[name] for name in wanted]
+    names = arguments.candidates or _QUICK
     if "all" not in names:
         return choose(names, devices, dtypes), []
     chosen: list[Candidate] = []
@@ -271,14 +255,14 @@ def _console() -> Console:
 
 
 def _page(arguments: argparse.Namespace) -> int:
-    (device,) = _devices(arguments.device)[:1]
-    return AGREES if show_page(compute_page(device), _console()) else DISAGREES
+    device = _devices(arguments.device)[0]
+    return AGREES if page.show(page.compute(device), _console()) else DISAGREES
 
 
-def _show(task: _Task, comparison: Comparison, skipped: Sequence[str]) -> None:
+def _show(facts: dict[str, str], comparison: Comparison, skipped: Sequence[str]) -> None:
     console = _console()
-    for name, fact in {**task.facts, **comparison.environment}.items():
-        console.print(f"{name + ':':<26}{fact}", markup=False)
+    for name, fact in {**facts, **comparison.environment}.items():
+        console.print(f"{name + ':':<26}{plain(fact)}", markup=False)
     first, few = comparison.rows[0], comparison.output[:5]
     shown = few.astype(np.float32) if first.dtype != "float64" else few
     values = np.array2string(shown, max_line_width=100, threshold=50)
@@ -289,111 +273,130 @@ def _show(task: _Task, comparison: Comparison, skipped: Sequence[str]) -> None:
     show(comparison, console)
 
 
-def _compare(arguments: argparse.Namespace) -> int:
-    devices = _devices(arguments.device)
-    render: dict[str, Callable[[Comparison], bytes]] = {
-        "json": lambda comparison: f"{comparison.to_json()}\n".encode(),
-        "markdown": lambda comparison: comparison.to_markdown().encode(),
-        "html": lambda comparison: html.page(comparison).encode(),
-        "plot": lambda comparison: plot.render(comparison, plot.kind_of(arguments.plot)),
-    }
-    files = {option: vars(arguments)[option] for option in render}
-    files = {option: name for option, name in files.items() if name is not None}
+def _files(arguments: argparse.Namespace) -> dict[str, str]:
+    """The file that each option writes. Nothing is written twice, and nothing that is read."""
+    places: dict[str, str] = {}
+    files: dict[str, str] = {}
+    for name in ("golden", *_OWN, "save_golden", *_REPORTS):
+        path, option = vars(arguments)[name], f"--{name.replace('_', '-')}"
+        if path is None:
+            continue
+        if name == "save_golden" or name in _REPORTS:
+            files[name] = path
+            if path == "-" and name in _REPORTS:
+                continue
+            same = places.get(os.path.realpath(path)) or ("printed" if path == "-" else None)
+            if same:
+                raise ValueError(
+                    "each report and golden file needs a name of its own: "
+                    f"{option} {path!r} is {same} as well"
+                )
+            check_writable(option, path)
+        elif not path:
+            raise ValueError(f"{option} '' names no file")
+        places[os.path.realpath(path)] = option
     if "plot" in files:
-        plot.kind_of(arguments.plot)  # before the work, not after it
-    written = {**files, "save-golden": arguments.save_golden}
-    written = {option: name for option, name in written.items() if name not in ("-", None)}
-    if arguments.save_golden == "-" or len({*written.values()}) < len(written):
-        raise ValueError("each report and golden file needs a name of its own")
-    for option, name in written.items():
-        check_writable(f"--{option}", name)
-    task = _spiral(arguments) if arguments.model is None else _own(arguments)
+        plot.kind_of(files["plot"])  # before the work, not after it
+    return files
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    own = arguments.model is not None
+    for option in _BOOK if own else _OWN:
+        if getattr(arguments, option) is not None:
+            fit = f"the book's network; {arguments.model} is another"
+            fit = fit if own else "a model of your own: name it, as mymodule:model"
+            raise ValueError(f"--{option} is for {fit}")
+    devices, files = _devices(arguments.device), _files(arguments)
+    task, facts = _own(arguments) if own else _spiral(arguments)
     candidates, skipped = _candidates(arguments, devices)
     # Golden files and gradients are of the whole.
     whole = arguments.backward or bool(arguments.golden or arguments.save_golden)
     with processes() as group:
-        with shown(task.input) as (say, done):
+        with shown(task["input"]) as (say, done):
+            if not whole:
+                task["input"] = in_batches(task["input"], group, done)
             comparison = compare(
-                task.model,
-                task.input if whole else in_batches(task.input, group, done),
-                reference=task.reference,
+                **task,
                 candidates=candidates,
                 golden_file=arguments.golden,
                 backward=arguments.backward,
-                target=task.target,
                 controls=not arguments.no_controls,
-                progress=say,
+                progress=lambda step: say(plain(step)),
                 group=group,
             )
         if group is None or group.rank() == 0:
-            _report(arguments, task, comparison, skipped, files, render)
+            _report(comparison, files, facts, skipped)
     return AGREES if comparison.ok else DISAGREES
 
 
 def _report(
-    arguments: argparse.Namespace,
-    task: _Task,
-    comparison: Comparison,
-    skipped: Sequence[str],
-    files: dict[str, str],
-    render: dict[str, Callable[[Comparison], bytes]],
+    comparison: Comparison, files: dict[str, str], facts: dict[str, str], skipped: Sequence[str]
 ) -> None:
-    if arguments.save_golden is not None:
-        comparison.save_golden(arguments.save_golden)
     # Files first: what is printed may go to a reader who stops reading.
-    failure = None
+    failures, printed = [], []
     for option, name in files.items():
         try:
-            if name != "-":
-                write_whole(name, render[option](comparison))
-        except ValueError as error:
-            failure = error
-    printed = [option for option, name in files.items() if name == "-"]
-    for option in printed:
-        print(render[option](comparison).decode(), end="")
+            if option == "save_golden":
+                comparison.save_golden(name)
+            elif name == "-":
+                printed.append(_REPORTS[option](comparison, name).decode())
+            else:
+                write_whole(name, _REPORTS[option](comparison, name))
+        except Exception as error:  # raised below: what was judged is printed first
+            failures.append(error)
+    print("".join(printed), end="")
     if not printed:
-        _show(task, comparison, skipped)
-    if failure is not None:
-        raise failure
+        _show(facts, comparison, skipped)
+    if failures:
+        raise failures[0]
 
 
-def _close_stdout() -> None:
-    """Keep Python from writing, and failing, once more when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _run(arguments: argparse.Namespace) -> tuple[int, str]:
+    """The exit status, and a line where something went wrong."""
+    try:
+        status = {"compare": _compare, "page": _page}[arguments.command](arguments)
+        sys.stdout.flush()
+        return status, ""
+    except MissingExtraError as error:
+        return MISSING, str(error)
+    except SystemExit as error:
+        return USAGE, f"the model's own code stopped with sys.exit({error.code!r})"
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        if isinstance(error, OSError):  # Python must not write, and fail, once more when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has stopped reading
+            return 128 + signal.SIGPIPE, ""
+        if isinstance(error, MemoryError | OSError | RuntimeError | TypeError | ValueError):
+            return USAGE, str(error)
+        advice = "an error in the model's code, or one of ours to report; --debug shows where"
+        return FAULT, f"{type(error).__name__}: {error} ({advice})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
-        return 0
+    before: dict[signal.Signals, Any] = {}
+    command = "torchnnfs"
     try:
-        status = {"compare": _compare, "page": _page}[arguments.command](arguments)
-        sys.stdout.flush()
-        return status
-    except MissingExtraError as error:
-        status, message = MISSING, str(error)
-    except BrokenPipeError:  # the reader has stopped reading
-        _close_stdout()
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        status, message = 128 + signal.SIGINT, "interrupted"
-    except SystemExit as error:
-        status, message = USAGE, f"the model's own code stopped with sys.exit({error.code!r})"
-    except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if arguments.debug:
-            raise
-        status, message = USAGE, " ".join(str(error).split())
-        if isinstance(error, OSError):
-            _close_stdout()
-    except Exception as error:
-        if arguments.debug:
-            raise
-        status, message = FAULT, f"{type(error).__name__}: {error}"
-        message += " (an error in the model's code, or one of ours to report; --debug shows where)"
-    print(f"torchnnfs {arguments.command}: {message}", file=sys.stderr)
+        if threading.current_thread() is threading.main_thread():  # others may set no handlers
+            before = handle(stop)
+        parser = _parser()
+        arguments = parser.parse_args(argv)
+        if arguments.command is None:
+            parser.print_help()
+            return 0
+        command += f" {arguments.command}"
+        status, message = _run(arguments)
+    except (KeyboardInterrupt, Stopped) as error:
+        number = signal.Signals(*error.args or [signal.SIGINT])
+        status, message = 128 + number, WORDS[number]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if message:
+        print(plain(f"{command}: {' '.join(message.split())}"), file=sys.stderr)
     return status
 
 

@@ -1,5 +1,9 @@
 import io
 import json
+import os
+import re
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -37,6 +41,22 @@ def change(name, edit):
         file.write(buffer.getvalue())
 
 
+def changed(**entries):
+    """An edit of the first run's entries."""
+
+    def edit(arrays):
+        about = json.loads(arrays["about"].tobytes())
+        run = about["runs"][0]
+        run["dict"] = [*({**dict(run["dict"]), **entries}).items()]
+        arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+
+    return edit
+
+
+def renamed(name):
+    return changed(name=name)
+
+
 def test_what_was_recorded_is_judged_as_if_it_ran_here(chapter, golden):
     first = compare(*chapter, candidates=["eager"])
     comparison = compare(*chapter, candidates=["eager"], golden_file=golden)
@@ -72,11 +92,22 @@ def test_other_data_or_another_network_is_refused(chapter, golden):
     ("edit", "message"),
     [
         (lambda a: a.pop("array 9"), "is damaged: KeyError"),
+        (renamed("\x1b[31m"), r"is damaged: .* a line of text, got '\\x1b\[31m'"),
+        (renamed("a\nb"), r"is damaged: .* a line of text, got 'a\\nb'"),
+        (renamed("a" * 201), "is damaged: .* a line of text"),
+        (renamed(5), "is damaged: .* a line of text, got 5"),
+        (changed(dtype="int8"), "is damaged: .*unknown dtype 'int8'"),
+        (changed(calls=5), "is damaged: TypeError"),
+        (changed(output=None), "is damaged: .*a run without an output"),
+        (changed(more=1), "is damaged: .*a run has the entries"),
+        (lambda a: a.update({"array 5": np.ones((2, 9))}), "is damaged: "),
+        (lambda a: a.update({"array 6": np.array(["a"])}), "an array of <U1 in shape"),
+        (lambda a: a.update({"array 6": np.array([{}], object)}), "an array of object in shape"),
+        (lambda a: a.update({"input": a["input"] * np.nan}), "was made from another input"),
         (lambda a: a.pop("about"), "is no golden file"),
         (lambda a: a.update(about=np.frombuffer(b"{}", np.uint8)), "is no golden file"),
         (lambda a: a.update(about=np.array([{}], object)), "is no golden file"),
     ],
-    ids=["an array less", "no about", "empty about", "pickle"],
 )
 def test_damage_is_found(chapter, golden, edit, message):
     change(golden, edit)
@@ -128,3 +159,28 @@ def test_a_file_without_runs_is_refused(chapter, golden):
     change(golden, fewer)
     with pytest.raises(ValueError, match="holds no runs"):
         compare(*chapter, golden_file=golden)
+
+
+def test_what_would_unpack_to_too_much_is_not_read(chapter, golden, monkeypatch):
+    with zipfile.ZipFile(golden, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("more.npy", bytes(5_000_000))
+    assert os.path.getsize(golden) < 100_000
+    monkeypatch.setattr("torchnnfs.testing.golden.MOST_BYTES", 4_000_000)
+    with pytest.raises(ValueError, match=r"would unpack to \d+ bytes, more than the 4000000"):
+        compare(*chapter, golden_file=golden)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40,), (1 << 62, 1 << 62), (-1,), (0, 1 << 62)])
+def test_a_declared_shape_takes_no_memory(chapter, golden, shape):
+    head = io.BytesIO()
+    described = {"descr": "<f8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, described)
+    with zipfile.ZipFile(golden, "a") as file:
+        file.writestr("more.npy", head.getvalue())
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"{re.escape(repr(golden))} is no golden file"):
+            compare(*chapter, candidates=["eager"], golden_file=golden)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()

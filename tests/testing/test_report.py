@@ -1,5 +1,6 @@
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from torchnnfs import ReLU, classifier, compare, spiral
-from torchnnfs.testing import Candidate, report
+from torchnnfs.testing import Candidate, html, report
 
 
 class LeakyReLU(ReLU):
@@ -90,6 +91,43 @@ def test_numpys_exp_is_named_where_it_is_not_exact():
     named = [note for note in comparison.notes if "not correctly rounded" in note]
     assert len(named) == (wrong > 0)
     assert not wrong or f"for {wrong} of 3000 numbers" in named[0]
+
+
+@pytest.mark.parametrize("name", ["\x1b[31m", "a\nb", "\r", "\u202e"])
+def test_no_name_commands_a_terminal_or_breaks_a_line(name, right):
+    rows = [replace(row, candidate=name, device=name, layer=name) for row in right.rows]
+    rows[1] = replace(rows[1], state="differs", reason=name)
+    changed = {"notes": (name,), "unjudged": (name,), "environment": {name: name}}
+    comparison = replace(right, rows=tuple(rows), **changed)
+    for text in (str(comparison), comparison.to_markdown(), html.page(comparison)):
+        assert all(char.isprintable() or char == "\n" for char in text)
+        assert ascii(name)[1:-1] in text.replace("\\\\", "\\")
+    assert "\n" not in comparison.verdict
+
+
+def test_markdown_shows_a_name_as_it_is(right):
+    name = "<img src=x> | [a](b) `c` *d* _e_"
+    rows = tuple(replace(row, layer=name) for row in right.rows)
+    text = replace(right, rows=rows, notes=(name,)).to_markdown()
+    shown = r"\<img src=x> \| [a\](b) \`c\` \*d\* \_e\_"
+    assert f"\n- {shown}\n" in text
+    assert text.count(f"| {shown} Dense |") == 4
+
+
+def test_units_of_float64_are_left_out_where_they_mean_nothing(right):
+    row = replace(right.rows[0], candidate="the model", dtype="float64", max_ulp=2e9)
+    shown = dict(zip(report.HEADINGS, report.cells(row), strict=True))
+    assert (shown["max ULP"], shown["bits equal"]) == ("", "")
+    assert shown["max |error|"] != ""
+
+
+def test_the_verdict_says_what_was_not_called_or_judged(right):
+    uncalled = replace(right, notes=("Never called, so not judged: a.",))
+    assert uncalled.verdict.startswith("AGREES: every layer that was called of eager in float32")
+    partly = replace(right, unjudged=("2 Net",))
+    controls = [line for line in report.remarks(partly) if line.startswith("Controls")]
+    assert controls[0].endswith("They break layers with a formula, not 2 Net.")
+    assert "of its bound" in right.verdict
 
 
 def test_names_are_printed_as_they_are():

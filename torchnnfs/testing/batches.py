@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch.distributed as dist
@@ -73,6 +74,8 @@ def processes() -> Iterator[dist.ProcessGroup | None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield None
         return
+    # Imported after the group is made it would keep the group, and its threads, to the end.
+    import_module("torch.distributed.nn")
     dist.init_process_group("gloo")
     try:
         yield dist.group.WORLD

@@ -43,18 +43,17 @@ def matmul_precision() -> str:
 
 def precision_notes(rows: Iterable[tuple[str, str, bool]]) -> list[str]:
     """What torch's settings explain of rows of (device, dtype, ok): each cause by its name."""
-    notes = []
-    rows = list(rows)
+    notes, rows, beyond = [], list(rows), "which the bounds do not allow"
     wrong = {device.split(":")[0] for device, dtype, ok in rows if dtype == "float32" and not ok}
     if "cuda" in wrong and tf32_is_on():
         notes.append(
-            "TF32 is on: the GPU rounds the factors of a float32 matrix product to 11 bits, which "
-            "the bounds do not allow. torch.backends.cuda.matmul.allow_tf32 = False turns it off."
+            "TF32 is on: the GPU rounds the factors of a float32 matrix product to 11 bits, "
+            f"{beyond}. torch.backends.cuda.matmul.allow_tf32 = False turns it off."
         )
     elif wrong and matmul_precision() != "highest":
         notes.append(
             f"float32 matmul precision is {matmul_precision()!r}: torch may round the factors of a "
-            "float32 matrix product to fewer bits, which the bounds do not allow. "
+            f"float32 matrix product to fewer bits, {beyond}. "
             "torch.set_float32_matmul_precision('highest') forbids it."
         )
     for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16")):
@@ -63,7 +62,7 @@ def precision_notes(rows: Iterable[tuple[str, str, bool]]) -> list[str]:
         if on_gpu and getattr(torch.backends.cuda.matmul, flag):
             notes.append(
                 f"torch.backends.cuda.matmul.{flag} is on: partial sums may be rounded to {dtype}, "
-                "which the bounds, made for sums in float32, do not allow."
+                f"{beyond}."
             )
     return notes
 

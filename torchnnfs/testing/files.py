@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -12,8 +13,7 @@ def check_writable(option: str, name: str) -> None:
     Raises:
         ValueError: it cannot, and why.
     """
-    path = Path(name)
-    what = f"{option} {name!r}"
+    path, what = Path(os.path.realpath(name)), f"{option} {name!r}"
     try:
         if not name or path.is_dir():
             raise ValueError(f"{what} names no file")
@@ -27,20 +27,24 @@ def check_writable(option: str, name: str) -> None:
 
 
 def write_whole(name: str, content: bytes) -> None:
-    """Write a file whole or not at all; what is no regular file (a pipe) is written to.
+    """Write a file whole or not at all; its mode stays, and a link goes on to its target.
+
+    What is no regular file (a pipe) is written to.
 
     Raises:
         ValueError: it cannot be written, and why.
     """
     try:
-        path = Path(name)
+        path = Path(os.path.realpath(name))
         if path.exists() and not path.is_file():
             path.write_bytes(content)
             return
-        path = path.resolve()
-        part = path.with_name(f".{os.getpid()}.part")
+        part = path.with_name(f".{secrets.token_hex(16)}.part")
         try:
-            part.write_bytes(content)
+            with part.open("xb") as file:  # "x" creates the file and follows no link
+                if path.exists():
+                    os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
+                file.write(content)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 import torch
@@ -19,6 +21,9 @@ from torchnnfs.testing.precision import Array
 from torchnnfs.testing.traces import Call, Trace
 
 VERSION = 2
+
+#: The most that a file may unpack to: this many bytes, or times the size of input and parameters.
+MOST_BYTES, MOST_TIMES = 1 << 30, 256
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,10 @@ def save(name: str, here: Setting, traces: Iterable[Trace], environment: dict[st
     Raises:
         ValueError: the file cannot be written.
     """
-    arrays = dict(here.arrays)
-    runs = []
+    arrays, runs = dict(here.arrays), []
     for trace in traces:
-        run = replace(trace, again=None, device=_device(trace.device, environment))
-        runs.append(_packed(asdict(run), arrays))
+        device = f"{trace.device} ({environment.get(f'device {trace.device}', 'elsewhere')})"
+        runs.append(_packed(asdict(replace(trace, again=None, device=device)), arrays))
     about = {"version": VERSION, "layers": here.layers, "runs": runs}
     content: dict[str, Any] = {**arrays, "about": np.frombuffer(json.dumps(about).encode(), "u1")}
     buffer = io.BytesIO()
@@ -66,45 +70,77 @@ def load(name: str, here: Setting) -> list[Trace]:
     """The traces of a file that `save` wrote in this very setting.
 
     Raises:
-        ValueError: no such file, or one of another kind or version, or of another model or input.
+        ValueError: no such file, or one of another kind or version, of another model or input, or
+            one that would unpack to too much.
     """
+    most = max(MOST_BYTES, MOST_TIMES * sum(array.nbytes for array in here.arrays.values()))
     try:
-        with np.load(name, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+        with ZipFile(name) as file:
+            members = file.infolist()
+            size = sum(member.file_size for member in members)
+            if size > most:
+                raise ValueError(f"it would unpack to {size} bytes, more than the {most} allowed")
+            arrays = {each.filename.removesuffix(".npy"): _array(file, each) for each in members}
         about: dict[str, Any] = json.loads(arrays.pop("about").tobytes())
         version, layers, runs = about["version"], about["layers"], about["runs"]
     except Exception as error:
-        # NumPy raises a dozen kinds for a dozen kinds of damage; all mean the same to a reader.
-        raise ValueError(f"{name!r} is no golden file: {error}") from None
+        # Zip, JSON and NumPy raise a dozen kinds for as many kinds of damage; all mean the same.
+        raise ValueError(f"{name!r} is no golden file: {_said(error)}") from None
     if version != VERSION:
-        raise ValueError(f"{name!r} has version {version} of the format, expected {VERSION}")
-    expected = here.arrays
+        raise ValueError(f"{name!r} has version {version!r} of the format, expected {VERSION}")
     recorded = {key for key in arrays if key.startswith(("input", "parameter "))}
-    for key in sorted(recorded | expected.keys()):
-        same = key in arrays and key in expected
-        if not same or not np.array_equal(arrays[key], expected[key]):
+    for key in sorted(recorded | here.arrays.keys()):
+        same = key in arrays and key in here.arrays
+        if not same or not np.array_equal(arrays[key], here.arrays[key], equal_nan=True):
             raise ValueError(
                 f"{name!r} was made from another {key}; it takes the same data, network and seed"
             )
+    if layers != here.layers:
+        raise ValueError(f"{name!r} was made from another network: its layers are {layers!r}")
     if not runs:
         raise ValueError(f"{name!r} holds no runs")
-    if layers != here.layers:
-        raise ValueError(f"{name!r} was made from another network: its layers are {layers}")
     try:
-        return [_trace(_unpacked(run, arrays)) for run in runs]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name!r} is damaged: {type(error).__name__}: {error}") from None
+        paths = {path for path, _ in here.layers} | {""}
+        return [_trace(_unpacked(run, arrays), paths) for run in runs]
+    except Exception as error:
+        raise ValueError(f"{name!r} is damaged: {_said(error)}") from None
 
 
-def _trace(run: dict[str, Any]) -> Trace:
+def _array(file: ZipFile, member: ZipInfo) -> Array:
+    """An array of plain numbers; its header is believed only where it fits the member's size."""
+    with file.open(member) as content:
+        if np.lib.format.read_magic(content) != (1, 0):
+            raise ValueError("its arrays are of another version")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.kind not in "biuf" or size != member.file_size - content.tell():
+            raise ValueError(f"an array of {dtype} in shape {shape} takes other bytes")
+        flat = np.frombuffer(content.read(), dtype)
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def _trace(run: dict[str, Any], paths: set[str]) -> Trace:
+    """A trace whose every part is of the kind that judging takes."""
+    if run.keys() != {each.name for each in fields(Trace)}:
+        raise ValueError(f"a run has the entries {[*run]}")
+    for word in (run["name"], run["device"], *(each["kind"] for each in run["calls"])):
+        if not isinstance(word, str) or len(word) > 200 or not word.isprintable():
+            raise ValueError(f"a name is expected to be a line of text, got {word!r}")
     if run["dtype"] not in DTYPES:
         raise ValueError(f"unknown dtype {run['dtype']!r}")
-    calls = tuple(Call(**each) for each in run.pop("calls"))
-    return Trace(**{**run, "name": f"golden {run['name']}", "calls": calls})
-
-
-def _device(device: str, environment: dict[str, str]) -> str:
-    return f"{device} ({environment.get(f'device {device}', 'elsewhere')})"
+    calls = tuple(Call(**each) for each in run["calls"])
+    for call in calls:
+        if call.path not in paths or not isinstance(call.args, tuple):
+            raise ValueError(f"a call of {call.path!r} with {type(call.args).__name__}")
+        if not (call.args or dict(call.kwargs)) or not leaves(call.output):
+            raise ValueError(f"a call of {call.path!r} without input or output")
+    if not leaves(run["output"]):
+        raise ValueError("a run without an output")
+    return Trace(**{**run, "name": f"golden {run['name']}", "calls": calls, "again": None})
 
 
 def _packed(value: Any, arrays: dict[str, Array]) -> Any:

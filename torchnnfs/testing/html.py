@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from html import escape
+from html import escape as _quoted
 
 from torchnnfs.testing import plot
 from torchnnfs.testing.candidates import MissingExtraError
-from torchnnfs.testing.outcome import Outcome
+from torchnnfs.testing.outcome import Outcome, plain
 from torchnnfs.testing.report import HEADINGS, LEGEND, WORDS, cells, headline, remarks, verdict
 
 _PAGE = """\
@@ -66,20 +66,32 @@ def fragment(outcome: Outcome) -> str:
     return _report(outcome, "")
 
 
+def escape(text: str) -> str:
+    """Text as HTML shows it, in one line."""
+    return _quoted(plain(text))
+
+
 def _report(outcome: Outcome, unfolded: str) -> str:
     style, words = headline(outcome)
     sentence = verdict(outcome).partition(": ")[2]
     if outcome.unjudged and not outcome.ok:
         sentence += f" Nothing independent judged {', '.join(outcome.unjudged)}."
     said = [f"<p>{escape(remark)}</p>" for remark in remarks(outcome)]
+    if outcome.controls:
+        tried = [
+            _line([each.name, each.outcome, each.reason], [], "wrong" * (each.outcome == "passed"))
+            for each in outcome.controls
+        ]
+        said.append(_table(["broken copy of the model", "outcome", "reason"], [], tried))
     facts = [_line([name, fact]) for name, fact in outcome.environment.items()]
+    legend = f"<p>{_quoted(LEGEND)}</p>"
     parts = [
         f'<div class="torchnnfs">\n<style>\n{_STYLE}</style>\n<div class="verdict {style}">',
         f"<b>{words}</b>{escape(sentence[0].upper() + sentence[1:])}</div>",
         _layers(outcome),
-        _folded("Remarks", [*said, _controls(outcome)], unfolded or " open" * (style != "good")),
+        _folded("Remarks", said, unfolded or " open" * (style != "good")),
         _folded("Pictures", _pictures(outcome), unfolded),
-        _folded("Columns", [f"<p>{escape(LEGEND)}</p>"], unfolded),
+        _folded("Columns", [legend], unfolded),
         _folded("Environment", [_table(["fact", "value"], [], facts)], unfolded),
     ]
     return "\n".join([*parts, "</div>"])
@@ -97,20 +109,11 @@ def _layers(outcome: Outcome) -> str:
     for name, rows in outcome.by_candidate.items():
         body.append(f'<tr class="group"><th {wide} scope="rowgroup">{escape(name)}</th></tr>')
         for row in rows:
-            shown = dict(zip(HEADINGS, cells(row), strict=True))
-            style = "" if row.ok else "wrong"
-            body.append(_line([row.label, shown["verdict"]], [shown[n] for n in numbers], style))
+            _, _, _, layer, *shown, state = cells(row)
+            body.append(_line([layer, state], shown, "wrong" * (not row.ok)))
             if row.reason:
                 body.append(f'<tr class="wrong"><td {wide}><p>{escape(row.reason)}.</p></td></tr>')
     return _table(["layer", "verdict"], numbers, body)
-
-
-def _controls(outcome: Outcome) -> str:
-    lines = [
-        _line([each.name, each.outcome, each.reason], [], "wrong" * (each.outcome == "passed"))
-        for each in outcome.controls
-    ]
-    return _table(["broken copy of the model", "outcome", "reason"], [], lines) if lines else ""
 
 
 def _table(words: list[str], numbers: list[str], body: list[str]) -> str:
@@ -123,7 +126,7 @@ def _table(words: list[str], numbers: list[str], body: list[str]) -> str:
 def _line(words: list[str], numbers: Iterable[str] = (), style: str = "") -> str:
     first, *rest = map(escape, words)
     shown = [f'<th scope="row">{first}</th>', *(f"<td>{word}</td>" for word in rest)]
-    shown += [f'<td class="number">{escape(number)}</td>' for number in numbers]
+    shown += [f'<td class="number">{number}</td>' for number in numbers]
     return f'<tr class="{style}">{"".join(shown)}</tr>'
 
 

@@ -12,23 +12,23 @@ from torchnnfs.testing.models import leaves
 
 def check_model(role: str, model: Any) -> None:
     """A module whose parameters have values."""
+    expects = f"compare expects {role}"
     if not isinstance(model, nn.Module):
-        raise TypeError(f"compare expects {role} to be a torch.nn.Module, got {_kind(model)}")
+        raise TypeError(f"{expects} to be a torch.nn.Module, got {_kind(model)}")
     if any(isinstance(each, torch.jit.ScriptModule) for each in model.modules()):
         raise TypeError(
-            f"compare expects {role} to be a torch.nn.Module in Python, got one of torch.jit, "
-            "whose parameters it cannot replace; compare the module that it was made from"
+            f"{expects} to be a torch.nn.Module in Python, got one of torch.jit, whose parameters "
+            "it cannot replace; compare the module that it was made from"
         )
-    lazy = [name for name, value in model.named_parameters() if nn.parameter.is_lazy(value)]
-    if lazy:
-        raise ValueError(
-            f"compare expects {role} with values, got {lazy[0]!r} that has no shape yet; call the "
-            "model once first"
-        )
-    for name, tensor in model.state_dict().items():
+    for name, tensor in [*model.named_parameters(), *model.state_dict().items()]:
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{expects} with values, got {name!r} that has no shape yet; call the model once "
+                "first"
+            )
         if isinstance(tensor, Tensor) and tensor.is_meta:
             raise ValueError(
-                f"compare expects {role} with values, got {name!r} on the meta device; call "
+                f"{expects} with values, got {name!r} on the meta device; call "
                 "to_empty(device='cpu') and then reset_parameters() or load_state_dict() first"
             )
 
@@ -38,22 +38,19 @@ def check_input(input: Any) -> None:
     tensors = leaves(input)
     wrong = next((each for each in tensors.values() if not isinstance(each, Tensor)), None)
     if not isinstance(input, Tensor | tuple | dict) or not tensors or wrong is not None:
-        got = input if wrong is None else wrong
         raise TypeError(
             "compare expects input to be a torch.Tensor, or a tuple (arguments) or dict (keyword "
-            f"arguments) of tensors, got {_kind(got)}; call torch.as_tensor(...) first"
+            f"arguments) of tensors, got {_kind(input if wrong is None else wrong)}; call "
+            "torch.as_tensor(...) first"
         )
     for name, tensor in tensors.items():
+        got = f"got {tensor.dtype} in input{name}, of shape {tuple(tensor.shape)}"
         if tensor.is_meta:
-            raise ValueError(
-                f"compare expects an input{name} with values, got one on the meta device"
-            )
+            raise ValueError(f"compare expects an input with values, {got}, on the meta device")
         if tensor.is_complex():
-            raise TypeError(f"compare expects real numbers, got {tensor.dtype} in input{name}")
+            raise TypeError(f"compare expects real numbers, {got}")
         if tensor.numel() == 0:
-            raise ValueError(
-                f"compare expects at least one sample, got an input of shape {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"compare expects at least one sample, {got}")
 
 
 def check_finite(model: nn.Module, role: str, input: Any, dtype: torch.dtype) -> None:
@@ -61,9 +58,7 @@ def check_finite(model: nn.Module, role: str, input: Any, dtype: torch.dtype) ->
     parts = [(f"input{name}", tensor) for name, tensor in leaves(input).items()]
     parts += [(f"{role} parameter {name!r}", value) for name, value in model.named_parameters()]
     for name, tensor in parts:
-        if not tensor.is_floating_point():
-            continue
-        stored = tensor.detach().to(dtype)
+        stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
         broken = (~torch.isfinite(stored)).nonzero()
         if len(broken):
             index = tuple(broken[0].tolist())

@@ -53,5 +53,12 @@ class Outcome:
         """The rows of each candidate, by its name, device and dtype."""
         grouped: dict[str, list[Row]] = {}
         for row in self.rows:
-            grouped.setdefault(f"{row.candidate} on {row.device} in {row.dtype}", []).append(row)
+            name = plain(f"{row.candidate} on {row.device} in {row.dtype}")
+            grouped.setdefault(name, []).append(row)
         return grouped
+
+
+def plain(text: str) -> str:
+    """One line that commands no terminal: characters that are not printable are escaped."""
+    shown = (char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return "".join(shown)

@@ -16,7 +16,7 @@ import numpy as np
 from torchnnfs.testing.candidates import MissingExtraError
 from torchnnfs.testing.judge import Row
 from torchnnfs.testing.measure import ULP_EDGES
-from torchnnfs.testing.outcome import Outcome
+from torchnnfs.testing.outcome import Outcome, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _COLOURS, _MARKERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#8A8A8A"), "o^sDX"
 _FINE, _BAD = "#0072B2", "#D55E00"
 _MOST_POINTS, _MOST_ROWS = 1500, 48
+_OFF = ("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math")
 #: The scale of errors over bounds; what lies beyond is drawn at its ends.
 _SCALE = {1e-3: "≤ 0.001", 0.01: "0.01", 0.1: "0.1", 1: "1", 10: "10", 100: "100", 1e3: "≥ 1000"}
 
@@ -55,8 +56,7 @@ def _drawing() -> Iterator[None]:
             lack = "plots need matplotlib: pip install 'torchnnfs[plot]'"
             raise MissingExtraError(lack) from None
         look: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left"}
-        look |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-        look |= {"figure.titleweight": "bold", "svg.fonttype": "none", "text.parse_math": False}
+        look |= dict.fromkeys(_OFF, False) | {"figure.titleweight": "bold", "svg.fonttype": "none"}
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in another script
         with style.context(look, after_reset=True):
             yield
@@ -72,7 +72,7 @@ def figure(outcome: Outcome, *names: str) -> Figure:
     parts = whole.subfigures(len(tall), 1, height_ratios=list(tall.values()), squeeze=False).flat
     for name, part in zip(tall, parts, strict=True):
         {"points": _points, "bounds": _bounds, "ulps": _ulps}[name](part, outcome)
-    facts = ", ".join(f"{name} {fact}" for name, fact in outcome.environment.items())
+    facts = plain(", ".join(f"{name} {fact}" for name, fact in outcome.environment.items()))
     caption = textwrap.fill(f"{facts}. Drawn on {date.today()}.", 95)
     part.supxlabel(caption, size=6, x=0.02, ha="left")
     return whole
@@ -174,5 +174,5 @@ def _ulps(part: SubFigure, outcome: Outcome) -> None:
 
 def _short(name: str) -> str:
     """A name that fits the picture and, whatever is in it, a file of XML."""
-    name = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name)
+    name = plain(name)
     return name if len(name) <= 20 else f"{name[:6]}…{name[-13:]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Literal
+import re
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from torchnnfs.testing.exact import ROUNDING
 from torchnnfs.testing.judge import EXCESS_LIMIT, Row
-from torchnnfs.testing.outcome import Outcome
+from torchnnfs.testing.outcome import Outcome, plain
 
 #: What the columns of the table mean.
 LEGEND = (
@@ -32,19 +32,23 @@ HEADINGS = (*WORDS[:-1], *_NUMBERS, WORDS[-1])
 
 def cells(row: Row) -> list[str]:
     """A row in words, under `HEADINGS`: what text, Markdown and HTML print."""
-    return [
+    # The model's own float64 run is held against a reference in perhaps another dtype: float64's
+    # units mean nothing there.
+    units = row.candidate != "the model"
+    shown = [
         row.candidate,
         row.device,
         row.dtype,
         row.label,
         f"{row.max_abs:.1e}" if row.max_abs else "0",
-        number(row.max_ulp),
-        f"{row.bit_equal:.1%}",
+        number(row.max_ulp) if units else "",
+        f"{row.bit_equal:.1%}" if units else "",
         number(row.isolated_ratio),
         number(row.chained_ratio),
         number(row.excess),
         row.state if row.basis == ROUNDING else f"{row.state} ({row.basis})",
     ]
+    return [plain(each) for each in shown]
 
 
 def number(value: float | None) -> str:
@@ -58,8 +62,7 @@ def table(outcome: Outcome) -> Table:
     """One line for each candidate and layer."""
     grid = Table()
     for heading in HEADINGS:
-        justify: Literal["left", "right"] = "left" if heading in WORDS else "right"
-        grid.add_column(heading, justify=justify, no_wrap=True)
+        grid.add_column(heading, justify="left" if heading in WORDS else "right", no_wrap=True)
     for rows in outcome.by_candidate.values():
         grid.add_section()
         for place, row in enumerate(rows):
@@ -72,23 +75,26 @@ def table(outcome: Outcome) -> Table:
 
 def verdict(outcome: Outcome) -> str:
     """The outcome in one sentence, or two."""
-    row = outcome.first_divergence
-    if row is not None:
-        return f"DISAGREES: {_where(row)} is the first to differ: {row.reason}."
-    row = next((row for row in outcome.rows if not row.ok), None)
-    if row is not None:
-        return f"NOT JUDGED: {_where(row)}: {row.reason}."
+    wrong = outcome.first_divergence
+    if wrong is not None:
+        return plain(f"DISAGREES: {_where(wrong)} is the first to differ: {wrong.reason}.")
+    wrong = next((row for row in outcome.rows if not row.ok), None)
+    if wrong is not None:
+        return plain(f"NOT JUDGED: {_where(wrong)}: {wrong.reason}.")
     row = max(outcome.rows, key=lambda row: row.bound_ratio)
     names = ", ".join(dict.fromkeys(f"{row.candidate} in {row.dtype}" for row in outcome.rows))
-    largest = f"the largest error is {row.bound_ratio:.2f} of it ({_where(row)})"
+    within = (
+        f"of {names} is within what rounding explains; the largest error is "
+        f"{row.bound_ratio:.2f} of its bound ({_where(row)})."
+    )
     if not outcome.unjudged:
-        return f"AGREES: every layer of {names} is within what rounding explains; {largest}."
+        uncalled = any(note.startswith("Never called") for note in outcome.notes)
+        return plain(f"AGREES: every layer{' that was called' * uncalled} {within}")
     parts = ", ".join(outcome.unjudged)
-    return (
-        f"AGREES AS FAR AS JUDGED: what was judged of {names} is within what rounding explains; "
-        f"{largest}. Nothing independent judged {parts}: it was compared with "
-        "itself in float64 alone, so a wrong formula is not noticed. Give a reference for the "
-        "output."
+    return plain(
+        f"AGREES AS FAR AS JUDGED: what was judged {within} Nothing independent judged {parts}: it "
+        "was compared with itself in float64 alone, so a wrong formula is not noticed. Give a "
+        "reference for the output."
     )
 
 
@@ -98,10 +104,8 @@ def _where(row: Row) -> str:
 
 def headline(outcome: Outcome) -> tuple[str, str]:
     """The kind of verdict ("good", "doubt", "bad"), and the verdict in a few words."""
-    if outcome.first_divergence is not None:
-        return "bad", "Disagrees"
     if not outcome.ok:
-        return "bad", "Not judged"
+        return "bad", "Disagrees" if outcome.first_divergence is not None else "Not judged"
     if outcome.unjudged:
         return "doubt", "Agrees as far as judged"
     if outcome.proves_little:
@@ -114,7 +118,7 @@ def remarks(outcome: Outcome) -> list[str]:
     lines = [*_accuracy(outcome), *_controls(outcome), *outcome.notes]
     if outcome.unjudged and not outcome.ok:  # else the verdict says it
         lines.append(f"Nothing independent judged {', '.join(outcome.unjudged)}.")
-    return lines
+    return [plain(line) for line in lines]
 
 
 def _accuracy(outcome: Outcome) -> list[str]:
@@ -123,33 +127,36 @@ def _accuracy(outcome: Outcome) -> list[str]:
     for row in outcome.rows:
         if row.chained_ulp is not None:
             last.setdefault(row.dtype, {})[f"{row.candidate} on {row.device}"] = row
-    return [
-        f"Closest to float64 at the end, in {dtype}: "
-        + ", ".join(
+    lines = []
+    for dtype, rows in last.items():
+        ranked = sorted(rows.items(), key=lambda each: each[1].chained_ulp or 0.0)
+        words = [
             f"{name} ({number(row.chained_ulp)} ULP, {number(row.chained_ratio)} of the bound)"
-            for name, row in sorted(rows.items(), key=lambda each: each[1].chained_ulp or 0.0)
-        )
-        + "."
-        for dtype, rows in last.items()
-        if len(rows) > 1
-    ]
+            for name, row in ranked
+        ]
+        if len(words) > 1:
+            lines.append(f"Closest to float64 at the end, in {dtype}: {', '.join(words)}.")
+    return lines
 
 
 def _controls(outcome: Outcome) -> list[str]:
     if not outcome.controls:
         return []
-    by_outcome: dict[str, list[str]] = {}
+    said: dict[str, list[str]] = {"rejected": [], "indistinguishable": [], "passed": []}
     for control in outcome.controls:
-        by_outcome.setdefault(control.outcome, []).append(f"{control.name} ({control.reason})")
-    rejected, total = len(by_outcome.get("rejected", [])), len(outcome.controls)
-    lines = [f"Controls: {rejected} of {total} deliberately broken copies of the model rejected."]
-    if "indistinguishable" in by_outcome:
-        lines.append(f"Indistinguishable here: {'; '.join(by_outcome['indistinguishable'])}.")
-    if "passed" in by_outcome:
-        passed = "; ".join(by_outcome["passed"])
-        lines.append(f"THIS RUN PROVES LITTLE: broken copies passed as correct: {passed}.")
-    elif outcome.proves_little:
-        lines.append("THIS RUN PROVES LITTLE: no broken copy could be told from the model.")
+        said[control.outcome].append(f"{control.name} ({control.reason})")
+    lines = [
+        f"Controls: {len(said['rejected'])} of {len(outcome.controls)} deliberately broken copies "
+        "of the model rejected."
+    ]
+    if outcome.unjudged:
+        lines[0] += f" They break layers with a formula, not {', '.join(outcome.unjudged)}."
+    if said["indistinguishable"]:
+        lines.append(f"Indistinguishable here: {'; '.join(said['indistinguishable'])}.")
+    if outcome.proves_little:
+        passed = f"broken copies passed as correct: {'; '.join(said['passed'])}."
+        none = "no broken copy could be told from the model."
+        lines.append(f"THIS RUN PROVES LITTLE: {passed if said['passed'] else none}")
     return lines
 
 
@@ -178,17 +185,18 @@ def as_text(outcome: Outcome) -> str:
 def as_markdown(outcome: Outcome) -> str:
     """The verdict first, then the table and the rest, as for a pull request."""
     rules = [":--" if heading in WORDS else "--:" for heading in HEADINGS]
-    lines = [HEADINGS, rules, *(cells(row) for row in outcome.rows)]
+    lines = [map(_literal, HEADINGS), rules, *(map(_literal, cells(row)) for row in outcome.rows)]
     facts = ", ".join(f"{name} {fact}" for name, fact in outcome.environment.items())
     return "\n\n".join(
         [
-            f"**{verdict(outcome)}**",
-            "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines),
-            *(f"- {remark}" for remark in remarks(outcome)),
-            f"<sub>{facts}</sub>\n",
+            f"**{_literal(verdict(outcome))}**",
+            "\n".join(f"| {' | '.join(line)} |" for line in lines),
+            *(f"- {_literal(remark)}" for remark in remarks(outcome)),
+            f"<sub>{_literal(plain(facts))}</sub>\n",
         ]
     )
 
 
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it is: no table, emphasis, code, link or element of HTML."""
+    return re.sub(r"[\\`*<|]|\](?=[(\[])|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)

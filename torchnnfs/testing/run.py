@@ -151,7 +151,10 @@ class Run:
         if golden_file is not None and self.setting is not None:
             recorded = golden.load(golden_file, self.setting)
             for number, trace in enumerate(recorded, len(self.chosen)):
-                self.whole.seen[number] = self.first.seen(trace)
+                try:
+                    self.whole.seen[number] = self.first.seen(trace)
+                except Exception as error:
+                    raise ValueError(f"{golden_file!r} is damaged: {error}") from error
         self._check_recorded()
         self._gather()
         rows: list[Row] = []
