@@ -49,7 +49,6 @@ LAYERS = [
     "torchnnfs.kernel",
     "torchnnfs.book",
     "torchnnfs.objects",
-    "torchnnfs.kept",
     "torchnnfs.arithmetic",
     "torchnnfs.classes",
     "torchnnfs.modules",

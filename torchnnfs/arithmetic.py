@@ -7,10 +7,9 @@
    numbers; up to 128 in eight interleaved partial sums; longer rows in two halves.
 
 `in_order`, `exp` and `row_sum` do this step by step, with operations that IEEE 754 rounds in one
-way. `dot` and `softmax` give the same bits faster, by Ziv's rounding test: they take the float64
-result y of a library and a bound e on its distance from the defined one. Where y - e and y + e
-round to the same float32, so does everything between them, and the defined result with it. The
-other rows are computed step by step.
+way. `dot` and `softmax_on_host` give the same bits faster, by Ziv's rounding test: they take the
+float64 result y of a library and a bound e on its distance from the defined one. Where y - e and
+y + e round to the same float32, the defined result does too. The rest is computed step by step.
 
 The bound for `dot`. Let u = 2**-53, k the number of inputs and S = sum |x_i| |w_i|. Each product
 and each sum is rounded at most once, in whatever order and with or without fused operations. So the
@@ -21,8 +20,8 @@ computed S is short by no more than a factor of 1 - (k + 1) u. e = (2 k + 4) u S
 these three, which is more than enough up to k = 10**7. No test is needed for up to two float32
 inputs: their products are exact in float64, and one sum rounds in one way.
 
-The bound for `softmax`. The defined `exp` is within 3 u of the exact value, relatively: u/4 from
-the reduced argument, 0.05 u from the end of the series, 2 u from the last steps of the
+The bound for `softmax_on_host`. The defined `exp` is within 3 u of the exact value, relatively: u/4
+from the reduced argument, 0.05 u from the end of the series, 2 u from the last steps of the
 polynomial, where the terms before them are at most 0.42 of the result. Libraries state 1 unit in
 the last place (2 u) for float64; 4 u is allowed here, and u for each rounding of y - e and y + e.
 e = 16 u y covers twice as much.
@@ -31,6 +30,7 @@ e = 16 u y covers twice as much.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -38,6 +38,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _UNIT = 2.0**-53
@@ -63,17 +64,12 @@ def dot(x: NDArray[Any], w: NDArray[Any], bias: Any = 0.0) -> NDArray[np.float32
         y, error = np.matmul(x, w), np.matmul(np.abs(x), np.abs(w) * ((2 * len(w) + 4) * _UNIT))
         result, unsure = _rounded(y - error, y + error)
         if np.count_nonzero(unsure):
-            _settle(result, unsure, x, w)
+            places = np.flatnonzero(unsure)
+            for part in np.array_split(places, 1 + places.size * len(w) // 2**22):  # 32 MB each
+                rows, columns = np.divmod(part, w.shape[1])
+                np.put(result, part, np.add.accumulate(x[rows] * w.T[columns], axis=1)[:, -1])
     result += bias + 0.0  # turns -0.0 into 0.0
     return result
-
-
-def _settle(result: NDArray[Any], unsure: NDArray[Any], x: NDArray[Any], w: NDArray[Any]) -> None:
-    """Put ``in_order(x, w)`` where `result` is unsure: an accumulation has no order but its own."""
-    places = np.flatnonzero(unsure)
-    for part in np.array_split(places, 1 + places.size * len(w) // 2**22):  # 32 MB at a time
-        rows, columns = np.divmod(part, w.shape[1])
-        np.put(result, part, np.add.accumulate(x[rows] * w.T[columns], axis=1)[:, -1])
 
 
 def in_order(x: Any, w: Any) -> Any:
@@ -92,10 +88,7 @@ def softmax_on_host(x: NDArray[np.float32]) -> NDArray[np.float32]:
         >>> softmax_on_host(np.float32([1, 2, 3]))
         array([0.09003057, 0.24472848, 0.66524094], dtype=float32)
     """
-    # NumPy's own reduction is slow along a short row, and a maximum has no rounding.
-    top = x.max(-1) if x.shape[-1] > 8 else x[..., 0]
-    for i in range(1, x.shape[-1] if x.shape[-1] <= 8 else 0):
-        top = np.maximum(top, x[..., i])
+    top = x.T.copy().max(0).T  # NumPy's reduction is slow along short rows
     shifted = (x - top[..., None]).astype(np.float64)
     y = np.exp(shifted)
     powers, unsure = _rounded(y * (1 - 16 * _UNIT), y * (1 + 16 * _UNIT))
@@ -159,19 +152,6 @@ def row_sum(x: Any) -> Any:
     return total
 
 
-def column_sum(x: NDArray[Any]) -> NDArray[Any]:
-    """``np.sum(x, axis=0, keepdims=True)`` of a matrix in NumPy's order for rows in C's order.
-
-    That is row after row, and `row_sum` where a row is one number. An accumulation has no other
-    order than its own, so NumPy's is taken.
-    """
-    if len(x) == 0:
-        return np.zeros((1, x.shape[1]), x.dtype)
-    if x.shape[1] == 1:
-        return np.asarray(row_sum(x.T)).reshape(1, 1)
-    return np.add.accumulate(x, axis=0)[-1:]
-
-
 @np.errstate(all="ignore")
 def jacobian_product(p: NDArray[Any], values: NDArray[Any]) -> NDArray[np.float32]:
     """``np.dot(np.diagflat(p) - np.dot(p, p.T), values)`` for each row, as nnfs.init() has it."""
@@ -185,100 +165,74 @@ def jacobian_product(p: NDArray[Any], values: NDArray[Any]) -> NDArray[np.float3
 
 def dense(owner: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer in the book's arithmetic, on any device and differentiable; for `owner`."""
-    if on_host(x, weight):
-        return with_graph(affine(x.detach().numpy(), weight, bias), x, weight, bias)
+    if _on_host(x, weight):
+        rows = x.detach().numpy().reshape(-1, x.shape[-1])
+        values = affine(rows, weight, bias).reshape(*x.shape[:-1], len(weight))
+        return with_graph(values, F.linear, x, weight, bias)
     total: Tensor = in_order(_double(owner, x), _double(owner, weight).T).float()
     return total + (0.0 if bias is None else bias.float() + 0.0)
 
 
-def affine(inputs: NDArray[Any], weight: Tensor, bias: Tensor | None) -> NDArray[np.float32]:
-    """`dense` on the host, by `dot`."""
-    rows = inputs if inputs.ndim == 2 else inputs.reshape(-1, inputs.shape[-1])
+def affine(rows: NDArray[Any], weight: Tensor, bias: Tensor | None) -> NDArray[np.float32]:
+    """`dense` for a matrix on the host."""
     plus = 0.0 if bias is None else bias.detach().float().numpy()
-    values = dot(rows, weight.detach().numpy().T, plus)
-    return values if inputs.ndim == 2 else values.reshape(*inputs.shape[:-1], len(weight))
+    return dot(rows, weight.detach().numpy().T, plus)
+
+
+def softmax(owner: str, x: Tensor) -> Tensor:
+    """Softmax along the last dimension, as `dense`; float32 and half types give float32."""
+    if x.dtype != torch.float32:
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else _double(owner, x)
+    if x.shape[-1] == 0:
+        return x.clone()
+    if x.dtype == torch.float32 and _on_host(x):
+        values = softmax_on_host(x.detach().numpy())
+        return with_graph(values, lambda x: x.softmax(-1), x)
+    powers = exp(_double(owner, x - x.amax(-1, keepdim=True).detach())).to(x.dtype)
+    probabilities: Tensor = powers / row_sum(powers).unsqueeze(-1)
+    return probabilities
 
 
 def with_graph(
-    values: NDArray[np.float32], x: Tensor, weight: Tensor, bias: Tensor | None
+    values: NDArray[np.float32], formula: Callable[..., Tensor], *tensors: Tensor | None
 ) -> Tensor:
-    """`values` as a tensor with the derivative of the exact layer."""
-    # Past Function's own `apply`, which looks for transformations: `on_host` has done that.
-    function: Any = super(torch.autograd.Function, _Dense)
-    result: Tensor = function.apply(values, x, weight, bias)
+    """`values` as a tensor with the derivative of ``formula(*tensors)``."""
+    # Past Function's own `apply`, which looks for transformations: `_on_host` has done that.
+    function: Any = super(torch.autograd.Function, _Exact)
+    result: Tensor = function.apply(values, formula, *tensors)
     return result
 
 
-class _Dense(torch.autograd.Function):
-    """The values that were computed on the host, with the derivative of the exact ones."""
+class _Exact(torch.autograd.Function):
+    """Values that NumPy computed, with the derivative of a formula in float64."""
 
     @staticmethod
     def forward(
-        ctx: Any, values: NDArray[Any], x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any, values: NDArray[Any], formula: Callable[..., Tensor], *tensors: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.formula = formula
+        ctx.save_for_backward(*tensors)
         return torch.from_numpy(values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        x64, weight64, grad64 = x.double(), weight.double(), grad.double()
-        rows = grad64.reshape(-1, len(weight))
-        grad_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
-        return None, grad64 @ weight64, rows.T @ x64.reshape(-1, x.shape[-1]), grad_bias
+        tensors = tuple(x.double() for x in ctx.saved_tensors if x is not None)
+        again = torch.is_grad_enabled()  # a second derivative may be asked for
+        vjp = torch.autograd.functional.vjp(ctx.formula, tensors, grad.double(), create_graph=again)
+        return None, None, *vjp[1], *([None] * (len(ctx.saved_tensors) - len(tensors)))
 
 
-def softmax(owner: str, x: Tensor) -> Tensor:
-    """Softmax along the last dimension in x's dtype, float32 or float64, as `dense`."""
-    if not x.requires_grad and _softmax_is_fast(x):
-        return torch.from_numpy(softmax_on_host(x.numpy()))
-    _double(owner, x[..., :0])
-    probabilities: Tensor = _Softmax.apply(x)  # type: ignore[no-untyped-call]
-    return probabilities
-
-
-def _softmax_is_fast(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.shape[-1] > 0 and on_host(x)
-
-
-class _Softmax(torch.autograd.Function):
-    """Softmax in the book's arithmetic, with the derivative of the exact one."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        if x.shape[-1] == 0:
-            return x.clone()
-        if _softmax_is_fast(x):
-            return torch.from_numpy(softmax_on_host(x.detach().numpy()))
-        shifted = x - x.amax(-1, keepdim=True)
-        powers = exp(shifted.double()).to(x.dtype)
-        probabilities: Tensor = powers / row_sum(powers).unsqueeze(-1)
-        return probabilities
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        p: Tensor = ctx.saved_tensors[0]
-        weighted = grad * p
-        return weighted - p * weighted.sum(-1, keepdim=True)
-
-
-def is_quick(values: Any, *tensors: Any) -> TypeGuard[NDArray[np.float32]]:
-    """Whether `values` are a plain float32 array with numbers, and `tensors` as for `on_host`."""
+def is_quick(values: Any, *tensors: Tensor) -> TypeGuard[NDArray[np.float32]]:
+    """Whether `values` are a plain float32 array with numbers, and `tensors` on the host."""
     return (
         type(values) is np.ndarray
         and values.dtype == np.float32
         and values.size > 0
-        and (on_host(*tensors) if tensors else not torch.compiler.is_compiling())
+        and _on_host(*tensors)
     )
 
 
-def on_host(*tensors: Any) -> bool:
+def _on_host(*tensors: Tensor) -> bool:
     """Whether NumPy can read the tensors in place, and nothing records what torch does."""
     for x in tensors:
         if not (type(x) in _PLAIN and x.is_cpu and x.dtype in _SHARED):

@@ -9,15 +9,18 @@ The arithmetic is that of the book's page, which `nnfs.init()` and a correctly r
    the dtype of its input (float32 behind a layer; float64 for lists of numbers, as in NumPy).
 4. `backward` has the same dot products; its sums run in NumPy's order.
 
-`torchnnfs.arithmetic` says how, and why the bits depend neither on the device nor on the number of
-threads, the batch or the version of NumPy. They hold in eager mode: a compiler may contract a
-product and a sum into one. Gradients of autograd are within rounding of the exact ones, no more.
+`torchnnfs.arithmetic` says why the bits depend neither on the device nor on the number of threads,
+the batch or the version of NumPy. They hold in eager mode: a compiler may contract a product and a
+sum into one. Gradients of autograd are within rounding of the exact ones, no more.
 
-`forward` takes tensors on the layer's device, arrays and nested lists, keeps them as ``inputs`` and
-its result as ``output``, both as NumPy arrays without history, and returns a tensor that carries
-the gradient. Both may be assigned, and `backward` starts from them. The argument ``training`` of
-chapter 18 is taken everywhere; dropout alone needs it. `backward` raises a ValueError for
-``dvalues`` of another shape than the output, and a RuntimeError when there was no `forward`.
+All four layers have the same methods:
+
+- ``forward(inputs)`` takes tensors on the layer's device, arrays and nested lists, and returns a
+  tensor that carries the gradient. It keeps ``inputs`` and ``output`` as NumPy arrays without
+  history. Both may be assigned. The argument ``training`` of chapter 18 is taken everywhere;
+  dropout alone needs it.
+- ``backward(dvalues)`` starts from what is kept, and keeps ``dinputs``. It raises a ValueError for
+  ``dvalues`` of another shape than the output, and a RuntimeError when there was no `forward`.
 
 What a reader sets on a layer is a plain attribute, also another layer of the dialect
 (``dense1.next = activation1``). Other modules are registered, as everywhere in torch.
@@ -29,8 +32,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from torchnnfs import arithmetic, objects
@@ -38,16 +42,85 @@ from torchnnfs.arithmetic import exp as exp
 from torchnnfs.arithmetic import is_quick
 from torchnnfs.checks import check_numbers, check_real
 from torchnnfs.classes import with_classes
-from torchnnfs.kept import Inputs, Keeps, as_tensor
 from torchnnfs.modules import Dense, ReLU, Softmax
 from torchnnfs.streams import Generator
+
+Inputs = ArrayLike | Tensor
 
 _REGULARIZERS = [
     f"{what}_regularizer_{norm}" for what in ("weight", "bias") for norm in ("l1", "l2")
 ]
 
 
-class Layer_Dense(Keeps, Dense):  # noqa: N801
+class _Kept:
+    """An attribute that is kept as a tensor or an array, and is an array when it is read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = "_" + name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        kept = None if layer is None else vars(layer).get(self.name)
+        if isinstance(kept, Tensor):
+            kept = vars(layer)[self.name] = _to_numpy(kept)
+        return kept
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        vars(layer)[self.name] = value
+
+    def __delete__(self, layer: Any) -> None:
+        vars(layer).pop(self.name, None)
+
+
+class _Layer(nn.Module):
+    """What the book's objects have and torch's modules have not."""
+
+    inputs, output = _Kept(), _Kept()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a linked layer, or a parameter under the name of a property.
+        if isinstance(value, _Layer) or hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _tensor(self, inputs: Any, device: torch.device | None = None) -> Tensor:
+        """A tensor as it is; arrays and lists with the dtype that NumPy gives them, on `device`."""
+        if isinstance(inputs, Tensor) and not inputs.is_complex():
+            return inputs
+        return check_numbers(type(self).__name__, inputs).to(device)
+
+    def _keep(self, inputs: Any, x: Tensor, result: Tensor) -> Tensor:
+        # A copy: what is written to the output must not reach what autograd has kept.
+        taken = inputs if isinstance(inputs, np.ndarray) else x.detach()
+        kept: tuple[Any, Any] = taken, result.detach().clone()
+        if not torch.compiler.is_compiling():
+            try:
+                result.data_ptr()
+            except RuntimeError:  # there are no values inside a transformation like vmap
+                kept = None, None
+        vars(self).update(_inputs=kept[0], _output=kept[1])
+        return result
+
+    def _received(self, dvalues: Inputs, kept: Any, *last: int) -> NDArray[Any]:
+        """`dvalues` as an array of the shape of what was kept, or with another `last` dimension."""
+        name, shape = type(self).__name__, np.shape(kept)
+        shape = (*shape[:-1], *last) if last else shape
+        if kept is None:
+            raise RuntimeError(f"{name}.backward expects a call of {name}.forward before it")
+        values = _to_numpy(check_numbers(f"{name}.backward", dvalues))
+        if values.shape != shape:
+            raise ValueError(
+                f"{name}.backward expects dvalues of shape {shape}, as the last output has, "
+                f"got {values.shape}"
+            )
+        return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
+
+
+def _to_numpy(x: Tensor) -> NDArray[Any]:
+    return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
+
+
+class Layer_Dense(_Layer, Dense):  # noqa: N801
     r"""The book's dense layer, ``np.dot(inputs, weights) + biases`` under ``nnfs.init()``.
 
     Args:
@@ -64,10 +137,9 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
 
     Attributes:
         weights: (n_inputs, n_neurons) float32 array, ``scale * np.random.randn(n_inputs,
-            n_neurons)`` drawn from NumPy's global stream, whether ``nnfs.init()`` was called or
-            only ``np.random.seed``. May be assigned. On the CPU it shares the layer's memory; from
-            another device it is a copy, so assign it as a whole there (``+=`` does). It is a
-            transposed view, so its order in memory is Fortran's, as ``flags`` says.
+            n_neurons)`` drawn from NumPy's global stream. May be assigned. On the CPU it is a view
+            of the layer's memory, in Fortran's order. From another device it is a copy, so assign
+            it as a whole there (``+=`` does).
         biases: (1, n_neurons) float32 array, zeros; the same holds.
         dweights, dinputs: what ``backward(dvalues)`` gives, float32 arrays.
         dbiases: the same, in the dtype of ``dvalues``, float32 in the book.
@@ -83,7 +155,7 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
         array([[ 0.01764052,  0.00400157,  0.00978738],
                [ 0.02240893,  0.01867558, -0.00977278]], dtype=float32)
         >>> dense1.forward([[1, 2]])
-        tensor([[ 0.0625,  0.0414, -0.0098]], grad_fn=<_DenseBackward>)
+        tensor([[ 0.0625,  0.0414, -0.0098]], grad_fn=<_ExactBackward>)
         >>> dense1.output
         array([[ 0.06245838,  0.04135273, -0.00975818]], dtype=float32)
         >>> dense1.backward([[1, 0, 0]])
@@ -107,16 +179,11 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
         scale: float = 0.01,
         device: torch.device | str | int | None = None,
     ) -> None:
+        given = dict(locals())
         self._scale = check_real("Layer_Dense", "scale", scale)
         super().__init__(n_inputs, n_neurons, device=device, dtype=torch.float32)
-        strengths = (
-            weight_regularizer_l1,
-            weight_regularizer_l2,
-            bias_regularizer_l1,
-            bias_regularizer_l2,
-        )
-        for name, strength in zip(_REGULARIZERS, strengths, strict=True):
-            setattr(self, name, check_real("Layer_Dense", name, strength))
+        for name in _REGULARIZERS:
+            setattr(self, name, check_real("Layer_Dense", name, given[name]))
 
     def reset_parameters(self, generator: Generator = None) -> None:
         """Draw the weights again, from `generator` or, when None, from NumPy's global stream."""
@@ -162,14 +229,15 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
             place.copy_(tensor)
 
     def forward(self, inputs: Inputs, training: bool | None = None) -> Tensor:  # noqa: D102
-        held: dict[str, Any] = self._parameters
+        held: dict[str, Any] = self._parameters  # without the cost of nn.Module.__getattr__
         shape = (self.in_features,)
         if "bias" in held and is_quick(inputs, held.get("weight")) and inputs.shape[1:] == shape:
-            values = arithmetic.affine(inputs, held["weight"], held["bias"])
-            self._keep_arrays(inputs, values.copy())
+            weight, bias = held["weight"], held["bias"]
+            values = arithmetic.affine(inputs, weight, bias)
+            vars(self).update(_inputs=inputs, _output=values.copy())
             x = torch.from_numpy(inputs.copy())
-            return arithmetic.with_graph(values, x, held["weight"], held["bias"])
-        x = as_tensor("Layer_Dense", inputs, self.weight.device)
+            return arithmetic.with_graph(values, F.linear, x, weight, bias)
+        x = self._tensor(inputs, self.weight.device)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"Layer_Dense(n_inputs={self.in_features}) expects a last dimension of "
@@ -179,10 +247,11 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
 
     def backward(self, dvalues: Inputs) -> None:
         """Keep ``dweights``, ``dbiases`` and ``dinputs``, from the last inputs and `dvalues`."""
-        received = self._received(dvalues, self.inputs, self.out_features)
-        values = received.reshape(-1, self.out_features)
-        self.dweights = arithmetic.dot(self.inputs.reshape(-1, self.in_features).T, values)
-        self.dbiases = arithmetic.column_sum(values)
+        inputs = np.asarray(self.inputs)
+        values = self._received(dvalues, self.inputs, self.out_features)
+        values = values.reshape(-1, self.out_features)
+        self.dweights = arithmetic.dot(inputs.reshape(-1, self.in_features).T, values)
+        self.dbiases = np.sum(values, axis=0, keepdims=True)
         for gradient, array, what in (
             (self.dweights, self.weights, "weight"),
             (self.dbiases, self.biases, "bias"),
@@ -192,10 +261,10 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
                 gradient += l1 * np.where(array < 0, np.float32(-1), np.float32(1))
             if array is not None and l2 > 0:
                 gradient += 2 * l2 * array
-        self.dinputs = arithmetic.dot(values, self.weights.T).reshape(self.inputs.shape)
+        self.dinputs = arithmetic.dot(values, self.weights.T).reshape(inputs.shape)
 
 
-class Activation_ReLU(Keeps, ReLU):  # noqa: N801
+class Activation_ReLU(_Layer, ReLU):  # noqa: N801
     """The book's ReLU, ``np.maximum(0, inputs)``.
 
     Shape:
@@ -226,10 +295,10 @@ class Activation_ReLU(Keeps, ReLU):  # noqa: N801
     def forward(self, inputs: Inputs, training: bool | None = None) -> Tensor:  # noqa: D102
         if is_quick(inputs):
             result = torch.from_numpy(inputs.copy()).relu_()
-            self._keep_arrays(inputs, result.numpy().copy())
+            vars(self).update(_inputs=inputs, _output=result.numpy().copy())
             return result
-        x = as_tensor("Activation_ReLU", inputs)
-        return self._keep(inputs, x, x.relu_() if self.inplace else x.relu())
+        x = self._tensor(inputs)
+        return self._keep(inputs, x, F.relu(x, inplace=self.inplace))
 
     def backward(self, dvalues: Inputs) -> None:
         """Keep ``dinputs``, from the last inputs and `dvalues`."""
@@ -241,7 +310,7 @@ class Activation_ReLU(Keeps, ReLU):  # noqa: N801
         return outputs
 
 
-class Activation_Softmax(Keeps, Softmax):  # noqa: N801
+class Activation_Softmax(_Layer, Softmax):  # noqa: N801
     """The book's softmax along the last dimension; see the module for its arithmetic.
 
     Shape:
@@ -277,15 +346,11 @@ class Activation_Softmax(Keeps, Softmax):  # noqa: N801
     def forward(self, inputs: Inputs, training: bool | None = None) -> Tensor:  # noqa: D102
         if is_quick(inputs) and inputs.ndim > 0:
             values = arithmetic.softmax_on_host(inputs)
-            self._keep_arrays(inputs, values)
+            vars(self).update(_inputs=inputs, _output=values)
             return torch.from_numpy(values.copy())
-        x = as_tensor("Activation_Softmax", inputs)
+        x = self._tensor(inputs)
         if x.ndim == 0:
             raise ValueError("Activation_Softmax expects at least one dimension, got a number")
-        if x.dtype in (torch.float16, torch.bfloat16):
-            x = x.float()
-        elif not x.is_floating_point():
-            x = x.double()
         return self._keep(inputs, x, arithmetic.softmax("Activation_Softmax", x))
 
     def backward(self, dvalues: Inputs) -> None:
@@ -298,7 +363,7 @@ class Activation_Softmax(Keeps, Softmax):  # noqa: N801
         return np.asarray(np.argmax(outputs, axis=1))
 
 
-class Layer_Dropout(Keeps, nn.Dropout):  # noqa: N801
+class Layer_Dropout(_Layer, nn.Dropout):  # noqa: N801
     """The book's dropout: a share of the inputs becomes 0, and the others grow to make up for it.
 
     Args:
@@ -336,7 +401,7 @@ class Layer_Dropout(Keeps, nn.Dropout):  # noqa: N801
         return 1 - self.p
 
     def forward(self, inputs: Inputs, training: bool | None = None) -> Tensor:  # noqa: D102
-        x = as_tensor("Layer_Dropout", inputs)
+        x = self._tensor(inputs)
         if not (self.training if training is None else training):
             self.binary_mask: NDArray[Any] = np.ones((), np.float32)
             return self._keep(inputs, x, x.clone())
@@ -376,8 +441,8 @@ def to_torch(model: nn.Module) -> nn.Module:
     """
     model = with_classes(model, _TO_TORCH)
     for layer in model.modules():
-        for name in ("inputs", "output", "_inputs", "_output"):  # only the book keeps them
-            if not isinstance(layer, Keeps):
+        for name in ("_inputs", "_output"):  # only the book keeps them
+            if not isinstance(layer, _Layer):
                 vars(layer).pop(name, None)
     return model
 
@@ -431,18 +496,19 @@ def from_numpy(layer: Any, *, device: torch.device | str | int | None = None) ->
         return from_torch(layer).to(device)
     if isinstance(layer, list | tuple):
         return nn.Sequential(*(from_numpy(each, device=device) for each in layer))
-    parts = objects.read(layer, ["relu", "softmax", "dropout"])
-    if parts.kind == "dropout":
-        return Layer_Dropout(1 - parts.rate).eval()
-    if parts.kind is not None:
-        activation = Activation_ReLU() if parts.kind == "relu" else Activation_Softmax()
-        objects.check_forward(layer, activation, 5, (1.0, 10.0))
-        return activation
-    dense = Dense.from_numpy(parts.weights, parts.biases, device=device, dtype=torch.float32)
+    kind, parts = objects.read(layer)
+    if kind == "dropout":
+        return Layer_Dropout(1 - parts[0]).eval()
+    if kind != "dense":
+        model: nn.Module = Activation_ReLU() if kind == "relu" else Activation_Softmax()
+        objects.check_forward(layer, model, 5, (1.0, 10.0))
+        return model
+    weights, biases, activation = parts
+    dense = Dense.from_numpy(weights, biases, device=device, dtype=torch.float32)
     model = from_torch(dense)
     for name in _REGULARIZERS:
         setattr(model, name, getattr(layer, name, 0.0))
-    if parts.activation is not None:
-        model = nn.Sequential(model, from_numpy(parts.activation))
+    if activation is not None:
+        model = nn.Sequential(model, from_numpy(activation))
     objects.check_forward(layer, model, dense.in_features, (1.0, 1e3, 1e6))
     return model

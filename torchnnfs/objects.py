@@ -1,11 +1,11 @@
-"""What a reader's own NumPy objects hold: arrays, activations, and what is not understood."""
+"""What a reader's own NumPy objects hold, and whether a layer computes what they compute."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -15,60 +15,52 @@ _STATE = re.compile(
     r"inputs?|outputs?|next|prev|name|trainable|binary_mask|d(inputs?|weights?|bias|biases|values)"
     r"|(weights?|bias|biases)_(momentums?|cache|regularizer_l[12])"
 )
+#: The kinds that are understood, and the names of what each of them is made from.
+_KINDS: dict[str, list[tuple[str, ...]]] = {
+    "dense": [("weights", "weight"), ("biases", "bias"), ("activation", "activation_function")],
+    "relu": [],
+    "softmax": [],
+    "dropout": [("rate",)],
+}
 _HINT = "book.from_numpy converts no more than it understands; convert the parts one by one"
 
 
-class Parts(NamedTuple):
-    """What `read` finds: the arrays of a dense layer and what follows them, or a class by name."""
-
-    weights: Any = None
-    biases: Any = None
-    activation: Any = None
-    kind: str | None = None
-    rate: float = 1.0
-
-
-def read(layer: Any, kinds: list[str]) -> Parts:
-    """The parts of `layer`: its arrays, or which of `kinds` its class is called after.
+def read(layer: Any) -> tuple[str, list[Any]]:
+    """The kind of `layer`, and what `_KINDS` says that it is made from.
 
     Raises:
         TypeError: a class or an attribute that is not understood, by its name.
     """
-    held = _attributes(layer)
-    owner = type(layer).__name__
-    weights = _pop(held, "weights", "weight")
-    if weights is not None:
-        biases = _pop(held, "biases", "bias")
-        activation = _pop(held, "activation", "activation_function")
-        if activation is not None and kind_of(activation) not in kinds:
-            raise TypeError(
-                f"{_HINT}: the activation {kind_of(activation)!r} of {owner} is none of "
-                f"{', '.join(kinds)}"
-            )
-        found = Parts(weights, biases, activation)
-        sizes = np.shape(weights)
-        held = {name: value for name, value in held.items() if not _is_size(value, sizes)}
-    elif kind_of(layer) in kinds:
-        found = Parts(kind=kind_of(layer))
-        if found.kind == "dropout":
-            rate = held.pop("rate", None)
-            if not isinstance(rate, float | int) or not 0 < rate <= 1:
-                raise TypeError(
-                    f"book.from_numpy expects {owner}.rate to be the share of the inputs that "
-                    f"stays, above 0 and up to 1, as the book keeps it, got {rate!r}"
-                )
-            found = found._replace(rate=rate)
-    else:
+    owner, held = type(layer).__name__, _attributes(layer)
+    has_weights = "weights" in held or "weight" in held
+    kind = "dense" if has_weights else kind_of(layer)
+    if kind not in _KINDS or (kind == "dense" and not has_weights):
         raise TypeError(
             "book.from_numpy expects an object with weights and biases, or of a class named like "
             f"Activation_ReLU, Activation_Softmax or Layer_Dropout, got one of class {owner}"
         )
+    parts = []
+    for names in _KINDS[kind]:
+        name = next((name for name in names if name in held), "")
+        parts.append(held.pop(name, None))
+    if kind == "dropout" and not (isinstance(parts[0], float | int) and 0 < parts[0] <= 1):
+        raise TypeError(
+            f"book.from_numpy expects {owner}.rate to be the share of the inputs that stays, "
+            f"above 0 and up to 1, as the book keeps it, got {parts[0]!r}"
+        )
+    if kind == "dense" and parts[2] is not None:
+        activation, known = kind_of(parts[2]), [name for name in _KINDS if name != "dense"]
+        if activation not in known:
+            raise TypeError(
+                f"{_HINT}: the activation {activation!r} of {owner} is none of {', '.join(known)}"
+            )
     for name, value in held.items():
         # A number may be a setting of the training; `check_forward` shows whether it is.
-        runs = hasattr(layer, "forward") and found.kind != "dropout"
-        if not (runs and isinstance(value, int | float)):
+        runs = hasattr(layer, "forward") and kind != "dropout" and isinstance(value, int | float)
+        size = kind == "dense" and type(value) is int and value in np.shape(parts[0])
+        if not (runs or size):
             raise TypeError(f"{_HINT}: {owner} has an attribute {name!r}, {value!r:.60}")
-    return found
+    return kind, parts
 
 
 def kind_of(value: Any) -> str:
@@ -119,12 +111,3 @@ def _attributes(layer: Any) -> dict[str, Any]:
     ]
     values = {name: getattr(layer, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _pop(held: dict[str, Any], *names: str) -> Any:
-    """The first attribute of these names that there is, taken out, or None."""
-    return next((held.pop(name) for name in names if name in held), None)
-
-
-def _is_size(value: Any, sizes: tuple[int, ...]) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value in sizes
