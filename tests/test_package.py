@@ -49,6 +49,7 @@ LAYERS = [
     "torchnnfs.kernel",
     "torchnnfs.book",
     "torchnnfs.objects",
+    "torchnnfs.kept",
     "torchnnfs.arithmetic",
     "torchnnfs.classes",
     "torchnnfs.modules",

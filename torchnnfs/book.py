@@ -13,17 +13,16 @@ The arithmetic is that of the book's page, which `nnfs.init()` and a correctly r
 the batch or the version of NumPy. They hold in eager mode: a compiler may contract a product and a
 sum into one. Gradients of autograd are within rounding of the exact ones, no more.
 
-All four layers have the same methods:
+All four layers share this contract:
 
 - ``forward(inputs)`` takes tensors on the layer's device, arrays and nested lists, and returns a
-  tensor that carries the gradient. It keeps ``inputs`` and ``output`` as NumPy arrays without
-  history. Both may be assigned. The argument ``training`` of chapter 18 is taken everywhere;
-  dropout alone needs it.
+  tensor that carries the gradient. It keeps ``inputs`` and ``output`` as NumPy arrays; both may be
+  assigned. The argument ``training`` of chapter 18 is taken everywhere; dropout alone needs it.
 - ``backward(dvalues)`` starts from what is kept, and keeps ``dinputs``. It raises a ValueError for
   ``dvalues`` of another shape than the output, and a RuntimeError when there was no `forward`.
-
-What a reader sets on a layer is a plain attribute, also another layer of the dialect
-(``dense1.next = activation1``). Other modules are registered, as everywhere in torch.
+- Inputs that are no numbers raise a TypeError.
+- What a reader sets is a plain attribute, also another layer of the dialect
+  (``dense1.next = activation1``). Other modules are registered, as everywhere in torch.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -42,90 +41,20 @@ from torchnnfs.arithmetic import exp as exp
 from torchnnfs.arithmetic import is_quick
 from torchnnfs.checks import check_numbers, check_real
 from torchnnfs.classes import with_classes
+from torchnnfs.kept import Inputs, Keeps
 from torchnnfs.modules import Dense, ReLU, Softmax
 from torchnnfs.streams import Generator
-
-Inputs = ArrayLike | Tensor
 
 _REGULARIZERS = [
     f"{what}_regularizer_{norm}" for what in ("weight", "bias") for norm in ("l1", "l2")
 ]
 
 
-class _Kept:
-    """An attribute that is kept as a tensor or an array, and is an array when it is read."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = "_" + name
-
-    def __get__(self, layer: Any, owner: type | None = None) -> Any:
-        kept = None if layer is None else vars(layer).get(self.name)
-        if isinstance(kept, Tensor):
-            kept = vars(layer)[self.name] = _to_numpy(kept)
-        return kept
-
-    def __set__(self, layer: Any, value: Any) -> None:
-        vars(layer)[self.name] = value
-
-    def __delete__(self, layer: Any) -> None:
-        vars(layer).pop(self.name, None)
-
-
-class _Layer(nn.Module):
-    """What the book's objects have and torch's modules have not."""
-
-    inputs, output = _Kept(), _Kept()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would register a linked layer, or a parameter under the name of a property.
-        if isinstance(value, _Layer) or hasattr(type(self), name):
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def _tensor(self, inputs: Any, device: torch.device | None = None) -> Tensor:
-        """A tensor as it is; arrays and lists with the dtype that NumPy gives them, on `device`."""
-        if isinstance(inputs, Tensor) and not inputs.is_complex():
-            return inputs
-        return check_numbers(type(self).__name__, inputs).to(device)
-
-    def _keep(self, inputs: Any, x: Tensor, result: Tensor) -> Tensor:
-        # A copy: what is written to the output must not reach what autograd has kept.
-        taken = inputs if isinstance(inputs, np.ndarray) else x.detach()
-        kept: tuple[Any, Any] = taken, result.detach().clone()
-        if not torch.compiler.is_compiling():
-            try:
-                result.data_ptr()
-            except RuntimeError:  # there are no values inside a transformation like vmap
-                kept = None, None
-        vars(self).update(_inputs=kept[0], _output=kept[1])
-        return result
-
-    def _received(self, dvalues: Inputs, kept: Any, *last: int) -> NDArray[Any]:
-        """`dvalues` as an array of the shape of what was kept, or with another `last` dimension."""
-        name, shape = type(self).__name__, np.shape(kept)
-        shape = (*shape[:-1], *last) if last else shape
-        if kept is None:
-            raise RuntimeError(f"{name}.backward expects a call of {name}.forward before it")
-        values = _to_numpy(check_numbers(f"{name}.backward", dvalues))
-        if values.shape != shape:
-            raise ValueError(
-                f"{name}.backward expects dvalues of shape {shape}, as the last output has, "
-                f"got {values.shape}"
-            )
-        return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
-
-
-def _to_numpy(x: Tensor) -> NDArray[Any]:
-    return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
-
-
-class Layer_Dense(_Layer, Dense):  # noqa: N801
+class Layer_Dense(Keeps, Dense):  # noqa: N801
     r"""The book's dense layer, ``np.dot(inputs, weights) + biases`` under ``nnfs.init()``.
 
     Args:
-        n_inputs: size of the last dimension of the inputs.
-        n_neurons: size of the last dimension of the output.
+        n_inputs, n_neurons: sizes of the last dimension of the inputs and of the output.
         weight_regularizer_l1, weight_regularizer_l2, bias_regularizer_l1, bias_regularizer_l2:
             the strengths of chapter 14, kept under these names; `backward` adds their part.
         scale: the standard deviation of the weights; the book has 0.01, its video series 0.10.
@@ -141,11 +70,11 @@ class Layer_Dense(_Layer, Dense):  # noqa: N801
             of the layer's memory, in Fortran's order. From another device it is a copy, so assign
             it as a whole there (``+=`` does).
         biases: (1, n_neurons) float32 array, zeros; the same holds.
-        dweights, dinputs: what ``backward(dvalues)`` gives, float32 arrays.
+        dweights, dinputs: the gradients that `backward` keeps, float32 arrays.
         dbiases: the same, in the dtype of ``dvalues``, float32 in the book.
 
     Raises:
-        TypeError: a width that is no int; inputs that are no numbers; a device without float64.
+        TypeError: a width that is no int; a device without float64.
         ValueError: a width below 1; a wrong last dimension; an assigned array of another shape.
 
     Example:
@@ -232,10 +161,9 @@ class Layer_Dense(_Layer, Dense):  # noqa: N801
         held: dict[str, Any] = self._parameters  # without the cost of nn.Module.__getattr__
         shape = (self.in_features,)
         if "bias" in held and is_quick(inputs, held.get("weight")) and inputs.shape[1:] == shape:
-            weight, bias = held["weight"], held["bias"]
+            x, weight, bias = torch.from_numpy(inputs.copy()), held["weight"], held["bias"]
             values = arithmetic.affine(inputs, weight, bias)
             vars(self).update(_inputs=inputs, _output=values.copy())
-            x = torch.from_numpy(inputs.copy())
             return arithmetic.with_graph(values, F.linear, x, weight, bias)
         x = self._tensor(inputs, self.weight.device)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
@@ -245,8 +173,7 @@ class Layer_Dense(_Layer, Dense):  # noqa: N801
             )
         return self._keep(inputs, x, arithmetic.dense("Layer_Dense", x, self.weight, self.bias))
 
-    def backward(self, dvalues: Inputs) -> None:
-        """Keep ``dweights``, ``dbiases`` and ``dinputs``, from the last inputs and `dvalues`."""
+    def backward(self, dvalues: Inputs) -> None:  # noqa: D102
         inputs = np.asarray(self.inputs)
         values = self._received(dvalues, self.inputs, self.out_features)
         values = values.reshape(-1, self.out_features)
@@ -264,18 +191,14 @@ class Layer_Dense(_Layer, Dense):  # noqa: N801
         self.dinputs = arithmetic.dot(values, self.weights.T).reshape(inputs.shape)
 
 
-class Activation_ReLU(_Layer, ReLU):  # noqa: N801
+class Activation_ReLU(Keeps, ReLU):  # noqa: N801
     """The book's ReLU, ``np.maximum(0, inputs)``.
 
     Shape:
-        - inputs: any.
-        - output: the same shape and dtype.
+        - inputs, output: any; the dtype stays.
 
     Attributes:
-        dinputs: what ``backward(dvalues)`` gives: `dvalues`, but 0 where an input was not above 0.
-
-    Raises:
-        TypeError: inputs that are no numbers.
+        dinputs: `dvalues`, but 0 where an input was not above 0.
 
     Example:
         >>> relu = Activation_ReLU()
@@ -300,8 +223,7 @@ class Activation_ReLU(_Layer, ReLU):  # noqa: N801
         x = self._tensor(inputs)
         return self._keep(inputs, x, F.relu(x, inplace=self.inplace))
 
-    def backward(self, dvalues: Inputs) -> None:
-        """Keep ``dinputs``, from the last inputs and `dvalues`."""
+    def backward(self, dvalues: Inputs) -> None:  # noqa: D102
         self.dinputs = self._received(dvalues, self.inputs)
         self.dinputs[np.asarray(self.inputs) <= 0] = 0
 
@@ -310,21 +232,21 @@ class Activation_ReLU(_Layer, ReLU):  # noqa: N801
         return outputs
 
 
-class Activation_Softmax(_Layer, Softmax):  # noqa: N801
+class Activation_Softmax(Keeps, Softmax):  # noqa: N801
     """The book's softmax along the last dimension; see the module for its arithmetic.
+
+    NaN and infinities give what `torchnnfs.Softmax` gives.
 
     Shape:
         - inputs: (*, classes), at least one dimension.
         - output: the same shape; float32 for float32 and half types, else float64.
 
-    NaN and infinities give what `torchnnfs.Softmax` gives.
-
     Attributes:
-        dinputs: what ``backward(dvalues)`` gives, a float32 array: the Jacobian of each row p of
-            `output`, ``np.diagflat(p) - np.dot(p, p.T)``, times its `dvalues`.
+        dinputs: the Jacobian of each row p of `output`, ``np.diagflat(p) - np.dot(p, p.T)``, times
+            its `dvalues`, a float32 array.
 
     Raises:
-        TypeError: inputs that are no numbers; a device without float64.
+        TypeError: a device without float64.
         ValueError: inputs without dimensions.
 
     Example:
@@ -353,8 +275,7 @@ class Activation_Softmax(_Layer, Softmax):  # noqa: N801
             raise ValueError("Activation_Softmax expects at least one dimension, got a number")
         return self._keep(inputs, x, arithmetic.softmax("Activation_Softmax", x))
 
-    def backward(self, dvalues: Inputs) -> None:
-        """Keep ``dinputs``, from `output`, the last one or one that was assigned, and `dvalues`."""
+    def backward(self, dvalues: Inputs) -> None:  # noqa: D102
         values = self._received(dvalues, self.output)
         self.dinputs = arithmetic.jacobian_product(np.asarray(self.output), values)
 
@@ -363,7 +284,7 @@ class Activation_Softmax(_Layer, Softmax):  # noqa: N801
         return np.asarray(np.argmax(outputs, axis=1))
 
 
-class Layer_Dropout(_Layer, nn.Dropout):  # noqa: N801
+class Layer_Dropout(Keeps, nn.Dropout):  # noqa: N801
     """The book's dropout: a share of the inputs becomes 0, and the others grow to make up for it.
 
     Args:
@@ -377,10 +298,10 @@ class Layer_Dropout(_Layer, nn.Dropout):  # noqa: N801
         rate: the share that stays, ``1 - rate``, as the book keeps it.
         binary_mask: what the last ``forward`` multiplied by: ``np.random.binomial(1, rate,
             size=inputs.shape) / rate``, drawn from NumPy's global stream, or 1.
-        dinputs: what ``backward(dvalues)`` gives: ``dvalues * binary_mask``.
+        dinputs: ``dvalues * binary_mask``.
 
     Raises:
-        TypeError: a rate or inputs that are no numbers.
+        TypeError: a rate that is no number.
         ValueError: a rate below 0, or of 1 and more.
 
     Example:
@@ -408,8 +329,7 @@ class Layer_Dropout(_Layer, nn.Dropout):  # noqa: N801
         self.binary_mask = np.random.binomial(1, self.rate, size=tuple(x.shape)) / (self.rate or 1)
         return self._keep(inputs, x, x * torch.as_tensor(self.binary_mask, device=x.device))
 
-    def backward(self, dvalues: Inputs) -> None:
-        """Keep ``dinputs``, from the last mask and `dvalues`."""
+    def backward(self, dvalues: Inputs) -> None:  # noqa: D102
         self.dinputs = self._received(dvalues, self.inputs) * self.binary_mask
 
 
@@ -419,12 +339,8 @@ _TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {
     Activation_Softmax: Softmax,
     Layer_Dropout: nn.Dropout,
 }
-_TO_BOOK: dict[type[nn.Module], type[nn.Module]] = {
-    **{theirs: ours for ours, theirs in _TO_TORCH.items()},
-    nn.Linear: Layer_Dense,
-    nn.ReLU: Activation_ReLU,
-    nn.Softmax: Activation_Softmax,
-}
+_TO_BOOK = {theirs: ours for ours, theirs in _TO_TORCH.items()}
+_TO_BOOK |= {nn.Linear: Layer_Dense, nn.ReLU: Activation_ReLU, nn.Softmax: Activation_Softmax}
 
 
 def to_torch(model: nn.Module) -> nn.Module:
@@ -442,7 +358,7 @@ def to_torch(model: nn.Module) -> nn.Module:
     model = with_classes(model, _TO_TORCH)
     for layer in model.modules():
         for name in ("_inputs", "_output"):  # only the book keeps them
-            if not isinstance(layer, _Layer):
+            if not isinstance(layer, Keeps):
                 vars(layer).pop(name, None)
     return model
 

@@ -9,12 +9,7 @@ import torch
 
 
 def check_count(owner: str, name: str, count: Any) -> int:
-    """`count` as an int, or a clear error when it is no whole number from 1 on.
-
-    Raises:
-        TypeError: `count` is no int (a bool is none).
-        ValueError: `count` is below 1.
-    """
+    """`count` as an int; a TypeError when it is none (a bool is none), a ValueError below 1."""
     if isinstance(count, bool) or not isinstance(count, int | np.integer):
         raise TypeError(
             f"{owner} expects {name} to be an int, got {count!r} ({type(count).__name__})"
@@ -25,12 +20,7 @@ def check_count(owner: str, name: str, count: Any) -> int:
 
 
 def check_real(owner: str, name: str, number: Any) -> float:
-    """`number` as a float, or a clear error when it is none.
-
-    Raises:
-        TypeError: `number` is no real number (a bool is none).
-        ValueError: `number` is infinite or NaN.
-    """
+    """`number` as a float; a TypeError when it is none, a ValueError when it is not finite."""
     if isinstance(number, bool) or not isinstance(number, int | float | np.integer | np.floating):
         raise TypeError(
             f"{owner} expects {name} to be a number, got {number!r} ({type(number).__name__})"
@@ -43,8 +33,7 @@ def check_real(owner: str, name: str, number: Any) -> float:
 def check_numbers(owner: str, values: Any) -> torch.Tensor:
     """Arrays, nested lists and tensors as a tensor on its own on the CPU, of the dtype they have.
 
-    Raises:
-        TypeError: `values` are no real numbers, or some of them are masked.
+    A TypeError when they are no real numbers, or when some of them are masked.
     """
     if isinstance(values, torch.Tensor) and not values.is_complex():
         return values.detach().cpu().clone()
@@ -61,12 +50,7 @@ def check_numbers(owner: str, values: Any) -> torch.Tensor:
 
 
 def check_generator(owner: str, generator: Any, device: torch.device) -> None:
-    """Raise a clear error when `owner` cannot draw from `generator` on `device`.
-
-    Raises:
-        TypeError: `generator` is no `torch.Generator`, `numpy.random.RandomState` or None.
-        ValueError: a `torch.Generator` of another kind of device than `device`.
-    """
+    """A TypeError for another kind of generator, a ValueError for one of another device."""
     if generator is None or isinstance(generator, np.random.RandomState):
         return
     if not isinstance(generator, torch.Generator):

@@ -21,11 +21,9 @@ def to_torch(model: nn.Module) -> nn.Module:
     """A copy of `model` with torch's own layers in the place of `Dense`, `ReLU` and `Softmax`.
 
     Parameters have the same values, and outputs the same bits; hooks and everything else stay. For
-    tools that ask for exactly these types and pass over a subclass without a word, such as
-    `torch.ao.quantization.quantize_dynamic`.
-
-    Only layers of exactly our types are replaced. A subclass may compute something else; so stay
-    parametrized layers, and a `LazyDense` before its first call.
+    tools that ask for exactly these types, such as `torch.ao.quantization.quantize_dynamic`. Only
+    layers of exactly our types are replaced: a subclass, a parametrized layer and a `LazyDense`
+    before its first call stay.
 
     Args:
         model: any module, also a single layer; it is left as it is.
@@ -42,13 +40,7 @@ def to_torch(model: nn.Module) -> nn.Module:
 
 
 def from_torch(model: nn.Module) -> nn.Module:
-    """A copy of `model` with `Dense`, `ReLU` and `Softmax` in the place of torch's own layers.
-
-    The way back from `to_torch`: parameters have the same values, nothing is drawn. Only layers of
-    exactly the types `nn.Linear`, `nn.ReLU` and `nn.Softmax` are replaced.
-
-    Args:
-        model: any module, also a single layer; it is left as it is.
+    """A copy of `model` with `Dense`, `ReLU` and `Softmax`: the way back from `to_torch`.
 
     Example:
         >>> from_torch(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))

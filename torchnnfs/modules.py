@@ -22,11 +22,7 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
 
 
 def _explained(forward: _Forward) -> _Forward:
-    """`forward`, with failures that say what was expected.
-
-    Nothing is checked before the call, so the way that succeeds costs nothing, and tracing,
-    scripting (which unwraps to the source of `forward`) and export see torch's own operation.
-    """
+    """`forward`, with failures that say what was expected; a call that succeeds is not checked."""
 
     @functools.wraps(forward)
     def explained(self: nn.Module, input: Tensor) -> Tensor:
@@ -45,17 +41,16 @@ def _complaint(layer: nn.Module, input: Any) -> Exception | None:
     """What is wrong with `input` in the reader's words, or None when it is something else."""
     name = f"{type(layer).__name__}({layer.extra_repr()})"
     if not isinstance(input, Tensor):
+        kind = type(input)
         return TypeError(
-            f"{name} expects a torch.Tensor, got {type(input).__module__}."
-            f"{type(input).__qualname__}; call torch.as_tensor(input, dtype=torch.float32) first"
+            f"{name} expects a torch.Tensor, got {kind.__module__}.{kind.__qualname__}; "
+            "call torch.as_tensor(input, dtype=torch.float32) first"
         )
-    if input.is_complex():
-        return None
-    if not input.is_floating_point() and not isinstance(layer, nn.ReLU):
+    if not (input.is_floating_point() or input.is_complex() or isinstance(layer, nn.ReLU)):
         return TypeError(
             f"{name} expects a floating-point input, got {input.dtype}; call input.float() first"
         )
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear) or input.is_complex():
         return None
     name = f"{type(layer).__name__}(in_features={layer.in_features})"
     weight = layer.weight
@@ -86,11 +81,10 @@ class Dense(nn.Linear):
         in_features: size of the last dimension of the input; the book's ``n_inputs``.
         out_features: size of the last dimension of the output; the book's ``n_neurons``.
         bias: whether a bias is added.
-        device: where the parameters live; torch's default device when None.
-        dtype: dtype of the parameters; torch's default dtype when None.
+        device, dtype: of the parameters; torch's defaults when None.
         generator: where the weight is drawn from: a `torch.Generator` on the parameters' device,
             torch's default generator (None), or a `numpy.random.RandomState` for the book's own
-            numbers, bit for bit. Used for this one draw and not kept.
+            numbers, bit for bit. It is not kept.
 
     Shape:
         - input: :math:`(*, \text{in\_features})`, floating point, of the parameters' dtype.
@@ -103,10 +97,10 @@ class Dense(nn.Linear):
         bias: (out_features,), zeros; None when ``bias=False``.
 
     Raises:
-        TypeError: a width that is no int; another kind of generator; in the forward pass an input
-            that is no tensor, or not of the parameters' dtype.
-        ValueError: a width below 1; a generator that cannot serve the parameters' device; in the
-            forward pass a wrong last dimension or device.
+        TypeError: a width that is no int; another kind of generator; an input that is no tensor,
+            or not of the parameters' dtype.
+        ValueError: a width below 1; a generator or an input on another device than the parameters;
+            an input with a wrong last dimension.
 
     Example:
         >>> layer = Dense(2, 3, generator=np.random.RandomState(0))
@@ -163,8 +157,7 @@ class Dense(nn.Linear):
             init.zeros_(self.bias)
 
     def _fill(self, drawn: NDArray[np.floating[Any]]) -> None:
-        # As nnfs.init() does it: to float32 first, times the scale second. The other order gives
-        # other last bits.
+        # As nnfs.init() does it: the other order of rounding and scaling gives other last bits.
         values = torch.from_numpy((self._scale * drawn.astype(np.float32)).T)
         weight: Any = self.weight
         if hasattr(weight, "device_mesh"):  # a DTensor takes no plain tensor: each process its part
@@ -194,9 +187,9 @@ class Dense(nn.Linear):
         Args:
             weights: (n_inputs, n_neurons).
             biases: (1, n_neurons) or (n_neurons,); None gives a layer without bias.
-            device: where the parameters live; torch's default device when None.
-            dtype: dtype of the parameters; when None that of `weights` if it is a floating-point
-                array, else torch's default.
+            device: of the parameters; torch's default when None.
+            dtype: of the parameters; when None that of `weights` if it is a floating-point array,
+                else torch's default.
 
         Raises:
             TypeError: arrays that do not hold real numbers.
@@ -238,27 +231,9 @@ class LazyDense(nn.LazyLinear, Dense):
     its parameters have no values: move it to its device first, and give an optimizer its
     parameters afterwards. A state dict that is loaded before takes the place of the draw.
 
-    Args:
-        out_features: size of the last dimension of the output; the book's ``n_neurons``.
-        bias: whether a bias is added.
-        device: where the parameters live; torch's default device when None.
-        dtype: dtype of the parameters; torch's default dtype when None.
-        generator: see `Dense`. Kept until the first call, and no longer: layers draw in the order
-            of their first calls.
-
-    Shape:
-        - input: :math:`(*, \text{in\_features})`, floating point, of the parameters' dtype.
-        - output: :math:`(*, \text{out\_features})`.
-
-    Attributes:
-        weight: from the first call on as in `Dense`.
-        bias: from the first call on as in `Dense`; None when ``bias=False``.
-
-    Raises:
-        TypeError: a width that is no int; another kind of generator; in the forward pass as
-            `Dense`.
-        ValueError: a width below 1; in the first call, an input without or with an empty last
-            dimension, or a generator of another device; later as `Dense`.
+    Args, Shape, Attributes and Raises are those of `Dense`, but for ``in_features``. The generator
+    is kept until the first call, so layers draw in the order of their first calls. That call raises
+    a ValueError for an input without or with an empty last dimension.
 
     Example:
         >>> layer = LazyDense(3, generator=np.random.RandomState(0))
@@ -284,7 +259,7 @@ class LazyDense(nn.LazyLinear, Dense):
         out_features = check_count("LazyDense", "out_features", out_features)
         # The layer may be moved before it draws, so only the kind of generator is checked here.
         check_generator("LazyDense", generator, torch.device("meta"))
-        # Past nn.LazyLinear, which would make a layer without inputs, and Dense has none such.
+        # The constructor of nn.LazyLinear asks for a layer without inputs, which Dense refuses.
         super(nn.LazyLinear, self).__init__(1, out_features, False, "meta")
         self.in_features = 0
         parameter: Any = UninitializedParameter
@@ -336,7 +311,7 @@ class ReLU(nn.ReLU):
     NaN gives NaN, +inf gives +inf, -inf gives 0.
 
     Raises:
-        TypeError: in the forward pass, an input that is no tensor.
+        TypeError: an input that is no tensor.
 
     Example:
         >>> ReLU()(torch.tensor([0, 2, -1, 3.3, -2.7, 1.1, 2.2, -100]))
@@ -366,9 +341,8 @@ class Softmax(nn.Softmax):
     -inf gives 0 in its place.
 
     Raises:
-        TypeError: a `dim` that is no int; in the forward pass, an input that is no tensor or not
-            floating point.
-        IndexError: in the forward pass, a `dim` that the input does not have.
+        TypeError: a `dim` that is no int; an input that is no tensor or not floating point.
+        IndexError: a `dim` that the input does not have.
 
     Example:
         >>> Softmax()(torch.tensor([[1.0, 2.0, 3.0], [-2.0, -1.0, 0.0]]))
@@ -409,8 +383,7 @@ def classifier(
         - output: (*, widths[-1]), probabilities.
 
     Raises:
-        TypeError: a width that is no int; another kind of generator.
-        ValueError: fewer than two widths, or one below 1; a generator of another device.
+        ValueError: fewer than two widths; else as `Dense`.
 
     Example:
         >>> classifier(2, 3, 3)

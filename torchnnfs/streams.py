@@ -23,11 +23,9 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
 
     Inside, ``np.dot`` accumulates in float64 and returns float32, and ``np.zeros``, ``np.eye``
     and ``np.random.randn`` give float32. Afterwards, also after an exception and when nested,
-    these four and NumPy's global random state are what they were before.
-
-    NumPy's functions belong to the whole process, so other threads see the change too; a second
-    thread that enters waits for the first to leave. Blocks must end in the reverse order in which
-    they began, so do not leave one by a ``yield`` or an ``await``.
+    these four and NumPy's global random state are what they were before. They belong to the whole
+    process: other threads see the change, and a second thread that enters waits. Do not leave a
+    block by a ``yield`` or an ``await``.
 
     Args:
         generator: the stream that ``np.random.randn`` draws from. None: NumPy's global stream,
@@ -37,7 +35,6 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
         TypeError: a `generator` of another kind.
 
     Example:
-        >>> import numpy as np
         >>> with book_numpy():
         ...     print(np.random.randn(2), np.zeros(1).dtype)
         [1.7640524 0.4001572] float32
