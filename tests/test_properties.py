@@ -13,8 +13,9 @@ from torchnnfs.testing.layers.softmax import softmax_bound
 from torchnnfs.testing.precision import PRECISIONS
 
 WIDTHS = {torch.float64: 64, torch.float32: 32, torch.bfloat16: 32, torch.float16: 16}
+#: Numbers near 1, where the layers do something, and any finite ones.
 FLOATS = {
-    dtype: st.floats(-torch.finfo(dtype).max, torch.finfo(dtype).max, width=width)
+    dtype: [st.floats(-top, top, width=width) for top in (8.0, torch.finfo(dtype).max)]
     for dtype, width in WIDTHS.items()
 }
 DTYPES = st.sampled_from(list(FLOATS))
@@ -25,7 +26,8 @@ EXAMPLES = settings(max_examples=100, derandomize=True, deadline=None, database=
 
 def tensor(data, dtype, n):
     """A tensor of n numbers, any finite ones of the dtype."""
-    numbers = data.draw(st.lists(FLOATS[dtype], min_size=n, max_size=n))
+    elements = FLOATS[dtype][data.draw(st.integers(0, 1))]
+    numbers = data.draw(st.lists(elements, min_size=n, max_size=n))
     return torch.tensor(numbers, dtype=torch.float64).to(dtype)
 
 
@@ -45,7 +47,7 @@ def bound_of(y, x, error=0.0):
 
 
 @EXAMPLES
-@given(st.data(), SOFTMAX, DTYPES, st.integers(1, 12))
+@given(st.data(), SOFTMAX, DTYPES, st.integers(1, 9))
 def test_probabilities_sum_to_one(data, layer, dtype, classes):
     x = tensor(data, dtype, classes)
     y = layer(x)
@@ -55,7 +57,7 @@ def test_probabilities_sum_to_one(data, layer, dtype, classes):
 
 
 @EXAMPLES
-@given(st.data(), SOFTMAX, DTYPES, st.integers(1, 12))
+@given(st.data(), SOFTMAX, DTYPES, st.integers(1, 9))
 def test_a_shift_changes_no_probability(data, layer, dtype, classes):
     x, shift = tensor(data, dtype, classes), tensor(data, dtype, 1)
     shifted = x + shift
@@ -79,10 +81,10 @@ def test_relu_keeps_or_clears_and_does_so_once(data, layer, dtype):
 
 
 @EXAMPLES
-@given(st.data(), DTYPES, st.integers(1, 6), st.booleans())
+@given(st.data(), DTYPES, st.integers(1, 4), st.booleans())
 def test_dense_is_linear(data, dtype, width, dialect):
-    weight = tensor(data, dtype, 3 * width).reshape(3, width)
-    layer = Dense(width, 3, bias=False, dtype=dtype)
+    weight = tensor(data, dtype, 2 * width).reshape(2, width)
+    layer = Dense(width, 2, bias=False, dtype=dtype)
     layer.weight = torch.nn.Parameter(weight)
     x, y = tensor(data, dtype, width), tensor(data, dtype, width)
     both = x + y
