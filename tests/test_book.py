@@ -195,7 +195,8 @@ def test_transformations_leave_nothing_behind():
     copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of autograd.Function
-        assert torch.compile(model, fullgraph=True)(points).shape == (4, 3)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert compiled(points).shape == (4, 3)
     copy.deepcopy(model)
 
 
@@ -381,12 +382,11 @@ def test_bad_input_is_explained(call, error, message):
         call()
 
 
-@pytest.mark.parametrize("features", ["", "X86_V3"])
-def test_the_page_whatever_numpy_uses(features):
+def test_the_page_whatever_numpy_uses():
     """In a process of its own, since NumPy reads the variable when it is imported."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torchnnfs", "page"],
-        env={**os.environ, "NPY_DISABLE_CPU_FEATURES": features},
+        env={**os.environ, "NPY_DISABLE_CPU_FEATURES": "X86_V3"},
         capture_output=True,
         text=True,
     )
