@@ -218,11 +218,12 @@ class _Exact(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = tuple(x.double() for x in ctx.saved_tensors if x is not None)
         again = torch.is_grad_enabled()  # a second derivative may be asked for
-        vjp = torch.autograd.functional.vjp(ctx.formula, tensors, grad.double(), create_graph=again)
-        return None, None, *vjp[1], *([None] * (len(ctx.saved_tensors) - len(tensors)))
+        vjp: Any = torch.autograd.functional.vjp
+        gradients = vjp(ctx.formula, tensors, grad.double(), create_graph=again)[1]
+        return None, None, *gradients, *([None] * (len(ctx.saved_tensors) - len(tensors)))
 
 
-def is_quick(values: Any, *tensors: Tensor) -> TypeGuard[NDArray[np.float32]]:
+def is_quick(values: Any, *tensors: Any) -> TypeGuard[NDArray[np.float32]]:
     """Whether `values` are a plain float32 array with numbers, and `tensors` on the host."""
     return (
         type(values) is np.ndarray
@@ -232,7 +233,7 @@ def is_quick(values: Any, *tensors: Tensor) -> TypeGuard[NDArray[np.float32]]:
     )
 
 
-def _on_host(*tensors: Tensor) -> bool:
+def _on_host(*tensors: Any) -> bool:
     """Whether NumPy can read the tensors in place, and nothing records what torch does."""
     for x in tensors:
         if not (type(x) in _PLAIN and x.is_cpu and x.dtype in _SHARED):
