@@ -54,6 +54,8 @@ def test_nothing_of_an_earlier_pass_comes_back():
     assert layer.output.shape == (1, 3)
     del layer.output
     assert layer.output is None
+    layer.output = torch.ones(3, requires_grad=True) * 2
+    assert copy.deepcopy(layer).output.tolist() == [2, 2, 2]
     layer.forward(torch.ones(4, 2))
     assert (layer.inputs.shape, layer.output.shape) == ((4, 2), (4, 3))
 

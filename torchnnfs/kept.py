@@ -27,7 +27,7 @@ class _Kept:
         return kept
 
     def __set__(self, layer: Any, value: Any) -> None:
-        vars(layer)[self.name] = value
+        vars(layer)[self.name] = value.detach() if isinstance(value, Tensor) else value
 
     def __delete__(self, layer: Any) -> None:
         vars(layer).pop(self.name, None)
