@@ -29,8 +29,8 @@ e = 16 u y covers twice as much.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -88,7 +88,10 @@ def softmax_on_host(x: NDArray[np.float32]) -> NDArray[np.float32]:
         >>> softmax_on_host(np.float32([1, 2, 3]))
         array([0.09003057, 0.24472848, 0.66524094], dtype=float32)
     """
-    top = x.T.copy().max(0).T  # NumPy's reduction is slow along short rows
+    # NumPy's own reduction is slow along a short row, and a maximum has no rounding.
+    top = x.max(-1) if x.shape[-1] > 8 else x[..., 0]
+    for i in range(1, x.shape[-1] if x.shape[-1] <= 8 else 0):
+        top = np.maximum(top, x[..., i])
     shifted = (x - top[..., None]).astype(np.float64)
     y = np.exp(shifted)
     powers, unsure = _rounded(y * (1 - 16 * _UNIT), y * (1 + 16 * _UNIT))
@@ -168,7 +171,7 @@ def dense(owner: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _on_host(x, weight):
         rows = x.detach().numpy().reshape(-1, x.shape[-1])
         values = affine(rows, weight, bias).reshape(*x.shape[:-1], len(weight))
-        return with_graph(values, F.linear, x, weight, bias)
+        return with_graph(values, x, weight, bias)
     total: Tensor = in_order(_double(owner, x), _double(owner, weight).T).float()
     return total + (0.0 if bias is None else bias.float() + 0.0)
 
@@ -187,19 +190,17 @@ def softmax(owner: str, x: Tensor) -> Tensor:
         return x.clone()
     if x.dtype == torch.float32 and _on_host(x):
         values = softmax_on_host(x.detach().numpy())
-        return with_graph(values, lambda x: x.softmax(-1), x)
+        return with_graph(values, x)
     powers = exp(_double(owner, x - x.amax(-1, keepdim=True).detach())).to(x.dtype)
     probabilities: Tensor = powers / row_sum(powers).unsqueeze(-1)
     return probabilities
 
 
-def with_graph(
-    values: NDArray[np.float32], formula: Callable[..., Tensor], *tensors: Tensor | None
-) -> Tensor:
-    """`values` as a tensor with the derivative of ``formula(*tensors)``."""
+def with_graph(values: NDArray[np.float32], *tensors: Tensor | None) -> Tensor:
+    """`values` as a tensor with the derivative of softmax(x), or of linear(x, weight, bias)."""
     # Past Function's own `apply`, which looks for transformations: `_on_host` has done that.
     function: Any = super(torch.autograd.Function, _Exact)
-    result: Tensor = function.apply(values, formula, *tensors)
+    result: Tensor = function.apply(values, *tensors)
     return result
 
 
@@ -207,10 +208,7 @@ class _Exact(torch.autograd.Function):
     """Values that NumPy computed, with the derivative of a formula in float64."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: NDArray[Any], formula: Callable[..., Tensor], *tensors: Tensor | None
-    ) -> Tensor:
-        ctx.formula = formula
+    def forward(ctx: Any, values: NDArray[Any], *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tensors)
         return torch.from_numpy(values)
 
@@ -219,8 +217,9 @@ class _Exact(torch.autograd.Function):
         tensors = tuple(x.double() for x in ctx.saved_tensors if x is not None)
         again = torch.is_grad_enabled()  # a second derivative may be asked for
         vjp: Any = torch.autograd.functional.vjp
-        gradients = vjp(ctx.formula, tensors, grad.double(), create_graph=again)[1]
-        return None, None, *gradients, *([None] * (len(ctx.saved_tensors) - len(tensors)))
+        formula = F.linear if len(tensors) > 1 else functools.partial(torch.softmax, dim=-1)
+        gradients = vjp(formula, tensors, grad.double(), create_graph=again)[1]
+        return None, *gradients, *([None] * (len(ctx.saved_tensors) - len(tensors)))
 
 
 def is_quick(values: Any, *tensors: Any) -> TypeGuard[NDArray[np.float32]]:

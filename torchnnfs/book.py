@@ -164,7 +164,7 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
             x, weight, bias = torch.from_numpy(inputs.copy()), held["weight"], held["bias"]
             values = arithmetic.affine(inputs, weight, bias)
             vars(self).update(_inputs=inputs, _output=values.copy())
-            return arithmetic.with_graph(values, F.linear, x, weight, bias)
+            return arithmetic.with_graph(values, x, weight, bias)
         x = self._tensor(inputs, self.weight.device)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
