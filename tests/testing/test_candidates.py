@@ -108,7 +108,7 @@ def test_choose():
     assert choose(["eager"], CPU)[0].dtype is None
     assert choose(["eager", "eager", "numpy"], CPU, [torch.float64]) == [
         Candidate("eager", torch.device("cpu"), torch.float64),
-        Candidate("numpy"),
+        Candidate("numpy", torch.device("cpu")),
     ]
     known = "eager, fused, compiled, exported, onnx, jax, numpy"
     with pytest.raises(ValueError, match=f"unknown candidate 'tpu'; known are {known}"):

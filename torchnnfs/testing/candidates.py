@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from torchnnfs.testing.models import (
     to_numpy,
     walk,
 )
-from torchnnfs.testing.traces import Call, Formula, Trace, replaced, watched
+from torchnnfs.testing.traces import Call, Formula, Trace, watched
 
 #: The dtypes that can be judged, by name.
 DTYPES = {
@@ -58,10 +58,8 @@ class Candidate:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in KINDS:
-            raise ValueError(f"unknown candidate {self.name!r}; known are {', '.join(KINDS)}")
-        kind = KINDS[self.name]
-        if self.dtype is not None and self.dtype not in [DTYPES[name] for name in kind.dtypes]:
+        kind = kind_of(self.name)
+        if self.dtype is not None and dtype_name(self.dtype) not in kind.dtypes:
             raise ValueError(f"{self.name} computes in {', '.join(kind.dtypes)}, got {self.dtype}")
         if torch.device(self.device).type == "meta":
             raise ValueError("candidates compute numbers, which the meta device does not have")
@@ -84,25 +82,36 @@ class Candidate:
             ValueError: the candidate cannot compute this model, and why.
         """
         kind, dtype = KINDS[self.name], self.dtype or torch.float32
-        modules = {place.path: place.module for place in walk(model)} if kind.shows else {}
-        modules |= {path: model.get_submodule(path) for path in extra if kind.shows and path}
-        calls: list[Call] = []
-        with warnings.catch_warnings(), torch.no_grad():
-            if not kind.shows:  # compilers and exporters warn of what they use themselves
-                warnings.simplefilter("ignore")
-            try:
-                with kind.build(model, cast(input, self.device, dtype), self.device, dtype) as run:
-                    with replaced(model, broken or {}), watched(modules, calls):
-                        output = _arrays(call(run, cast(input, self.device, dtype)))
-                    again = None
-                    if broken is None:
-                        again = _arrays(call(run, cast(input, self.device, dtype)))
-            except Exception as error:
-                if kind.shows:
-                    raise  # the model's own error says more than we could
-                words = " ".join(str(error).split())[:300]
-                raise ValueError(f"{self.name} cannot compute this model: {words}") from error
+        places = walk(model) if kind.build is None else []
+        modules = {place.path: place.module for place in places}
+        modules |= {path: model.get_submodule(path) for path in extra if places and path}
+        formulas = {place.path: _in_float32 for place in places if kind.numpy and place.layer}
+        formulas |= broken or {}
+
+        def once() -> tuple[list[Call], Any]:
+            calls: list[Call] = []
+            with watched(modules, formulas, calls):
+                return calls, _arrays(call(compute, cast(input, self.device, dtype)))
+
+        with warnings.catch_warnings(), torch.no_grad(), self._computing(model, input) as compute:
+            calls, output = once()
+            again = once()[1] if broken is None else None
         return Trace(self.name, str(self.device), dtype_name(dtype), tuple(calls), output, again)
+
+    @contextmanager
+    def _computing(self, model: nn.Module, input: Any) -> Iterator[Callable[..., Any]]:
+        build, dtype = KINDS[self.name].build, self.dtype or torch.float32
+        if build is None:
+            with borrowed(model, self.device, dtype) as compute:
+                yield compute
+            return
+        warnings.simplefilter("ignore")  # compilers and exporters warn of what they use themselves
+        try:
+            other = copied(model).to(self.device, dtype)
+            yield build(other, cast(input, self.device, dtype))
+        except Exception as error:
+            words = " ".join(str(error).split())[:300]
+            raise ValueError(f"{self.name} cannot compute this model: {words}") from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -147,18 +156,14 @@ def choose(
     devices = devices_here() if devices is None else devices
     chosen: list[Candidate] = []
     for name in dict.fromkeys(names):
-        if name not in KINDS:
-            raise ValueError(f"unknown candidate {name!r}; known are {', '.join(KINDS)}")
-        kind = KINDS[name]
+        kind = kind_of(name)
         absent = [each for each in kind.packages if importlib.util.find_spec(each) is None]
         if absent:
             needs = f"{name} needs {', '.join(absent)}"
             raise MissingExtraError(f"{needs}: pip install 'torchnnfs[{name}]'")
-        if name == "numpy":
-            chosen.append(Candidate("numpy"))  # the book's NumPy knows float32 only
-            continue
-        allowed = [None, *(DTYPES[each] for each in kind.dtypes)]
-        known = [dtype for dtype in dtypes if dtype in allowed]
+        known = [dtype for dtype in dtypes if dtype is None or dtype_name(dtype) in kind.dtypes]
+        if len(kind.dtypes) == 1:  # it has no choice
+            known = [None]
         if not known:
             raise ValueError(f"{name} computes in {', '.join(kind.dtypes)} alone")
         places = devices if kind.anywhere else [torch.device("cpu")]
@@ -167,40 +172,18 @@ def choose(
 
 
 def resolved(candidate: Candidate, own: torch.dtype) -> Candidate:
-    """The candidate with a dtype: its own choice, or `own`."""
-    if candidate.dtype is not None:
-        return candidate
-    return replace(candidate, dtype=torch.float32 if candidate.name == "numpy" else own)
+    """The candidate with a dtype: its own choice, or `own`, or the only one it computes in."""
+    (only, *others) = KINDS[candidate.name].dtypes
+    return replace(candidate, dtype=candidate.dtype or (own if others else DTYPES[only]))
 
 
-#: From a model and an example input, both to be computed on a device in a dtype, to a function.
-Builder = Callable[
-    [nn.Module, Any, torch.device | str, torch.dtype], AbstractContextManager[Callable[..., Any]]
-]
-
-
-@contextmanager
-def _eager(
-    model: nn.Module, input: Any, device: torch.device | str, dtype: torch.dtype
-) -> Iterator[Callable[..., Any]]:
-    with borrowed(model, device, dtype) as run:
-        yield run
-
-
-@contextmanager
-def _numpy(
-    model: nn.Module, input: Any, device: torch.device | str, dtype: torch.dtype
-) -> Iterator[Callable[..., Any]]:
-    def formula(module: nn.Module, x: np.ndarray) -> np.ndarray:
-        layer = layer_of(module)
-        assert layer is not None
-        arguments = {name: single(value) for name, value in arguments_of(module).items()}
-        with computable(module, layer, x):
-            return layer.forward(single(x), **arguments)
-
-    known = {place.path: formula for place in walk(model) if place.layer is not None}
-    with borrowed(model, device, dtype) as run, replaced(model, known):
-        yield run
+def _in_float32(module: nn.Module, x: np.ndarray) -> np.ndarray:
+    """The formula of a layer, as NumPy computes it."""
+    layer = layer_of(module)
+    assert layer is not None
+    arguments = {name: single(value) for name, value in arguments_of(module).items()}
+    with computable(module, layer, x):
+        return layer.forward(single(x), **arguments)
 
 
 def single(value: Any) -> Any:
@@ -209,30 +192,10 @@ def single(value: Any) -> Any:
     return value.astype(np.float32) if floating else value
 
 
-def _elsewhere(build: Callable[[nn.Module, Any], Callable[..., Any]]) -> Builder:
-    """A builder that takes a copy of the model on the device and in the dtype."""
-
-    @contextmanager
-    def builder(
-        model: nn.Module, input: Any, device: torch.device | str, dtype: torch.dtype
-    ) -> Iterator[Callable[..., Any]]:
-        yield build(copied(model).to(device, dtype), input)
-
-    return builder
-
-
-def _fused(model: nn.Module, input: Any) -> Callable[..., Any]:
-    return fuse(model)
-
-
 def _compiled(model: nn.Module, input: Any) -> Callable[..., Any]:
     torch.compiler.reset()  # torch counts each model as a recompilation of the same and gives up
     whole: Callable[..., Any] = torch.compile(model, fullgraph=True)
     return whole
-
-
-def _exported(model: nn.Module, input: Any) -> Callable[..., Any]:
-    return torch.export.export(model, *split(input)).module()
 
 
 def _onnx(model: nn.Module, input: Any) -> Callable[..., Any]:
@@ -264,32 +227,27 @@ def _onnx(model: nn.Module, input: Any) -> Callable[..., Any]:
 def _jax(model: nn.Module, input: Any) -> Callable[..., Any]:
     import jax
 
-    steps = [place for place in walk(model) if place.step]
     layers = []
-    for place in steps:
+    double = any(each.dtype == torch.float64 for each in leaves(input).values())
+    for place in walk(model):
         name = "a forward of its own" if place.layer is None else place.layer.name
         if name not in _JAX:
             raise ValueError(
                 f"jax follows plain chains of {', '.join(_JAX)}, got {name} ({place.kind})"
             )
-        layers.append((name, arguments_of(place.module)))
-    double = input.dtype == torch.float64
+        arguments = arguments_of(place.module).items()
+        layers.append((name, {key: value if double else single(value) for key, value in arguments}))
 
+    @jax.jit
     def forward(x: Any) -> Any:
         for name, arguments in layers:
             x = _JAX[name](jax, x, **arguments)
         return x
 
-    compiled = jax.jit(forward)
-
     def run(given: Any) -> Any:
         with jax.enable_x64(double), jax.default_matmul_precision("highest"):
-            return torch.from_numpy(np.array(compiled(given.numpy())))
+            return torch.from_numpy(np.array(forward(given.numpy())))
 
-    for _, arguments in layers:
-        for name, value in arguments.items():
-            if isinstance(value, np.ndarray):
-                arguments[name] = value.astype(np.float64 if double else np.float32)
     return run
 
 
@@ -307,31 +265,37 @@ class Kind:
     """How a candidate runs, and what it needs.
 
     Attributes:
-        build: makes a function of the input.
-        shows: whether it shows what happens at the places.
+        build: from a copy of the model and an example input to a function of the input; None: torch
+            computes the model as it is, and shows what happens at its places.
+        numpy: whether NumPy's formulas take the place of the layers.
         anywhere: whether it computes on any device of torch's.
         dtypes: what it computes in.
         packages: what it needs; the extra of this package that installs them has its name.
     """
 
-    build: Builder
-    shows: bool = False
+    build: Callable[[nn.Module, Any], Callable[..., Any]] | None = None
+    numpy: bool = False
     anywhere: bool = True
     dtypes: tuple[str, ...] = tuple(DTYPES)
     packages: tuple[str, ...] = ()
 
 
+#: ONNX Runtime has no bfloat16 Gemm on the CPU.
+_OF_ONNX = ("float64", "float32", "float16")
+
 KINDS = {
-    "eager": Kind(_eager, shows=True),
-    "fused": Kind(_elsewhere(_fused)),
-    "compiled": Kind(_elsewhere(_compiled)),
-    "exported": Kind(_elsewhere(_exported)),
-    "onnx": Kind(
-        _elsewhere(_onnx),
-        anywhere=False,
-        dtypes=("float64", "float32", "float16"),  # ONNX Runtime has no bfloat16 Gemm on the CPU
-        packages=("onnx", "onnxscript", "onnxruntime"),
-    ),
-    "jax": Kind(_elsewhere(_jax), anywhere=False, dtypes=("float64", "float32"), packages=("jax",)),
-    "numpy": Kind(_numpy, shows=True, anywhere=False, dtypes=("float32",)),
+    "eager": Kind(),
+    "fused": Kind(lambda model, input: fuse(model)),
+    "compiled": Kind(_compiled),
+    "exported": Kind(lambda model, input: torch.export.export(model, *split(input)).module()),
+    "onnx": Kind(_onnx, False, False, _OF_ONNX, ("onnx", "onnxscript", "onnxruntime")),
+    "jax": Kind(_jax, False, False, ("float64", "float32"), ("jax",)),
+    "numpy": Kind(numpy=True, anywhere=False, dtypes=("float32",)),
 }
+
+
+def kind_of(name: str) -> Kind:
+    """How the candidate of that name runs."""
+    if name not in KINDS:
+        raise ValueError(f"unknown candidate {name!r}; known are {', '.join(KINDS)}")
+    return KINDS[name]

@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,14 +50,11 @@ LAYERS: dict[type[nn.Module], Layer] = {
 }
 
 #: How the arguments of a registered formula are read off a layer, where that was said.
-_READERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {}
+_READERS: dict[Layer, Callable[[Any], dict[str, Any]]] = {}
 
-#: What a layer's formula does not cover: its own float64 run judges such a layer.
-_NOT_COVERED: dict[str, Callable[[Any], bool]] = {
-    "running_mean": lambda value: value is None,
-    "return_indices": bool,
-    "max_norm": lambda value: value is not None,
-}
+
+class RefusedError(ValueError):
+    """What `compare` cannot judge, and why; no failure of the model."""
 
 
 def register(
@@ -102,84 +101,79 @@ def register(
             f"is known, got {'neither' if forward is None else 'both'}"
         )
     if forward is not None:
-        formula = forward
-        LAYERS[module_type] = Layer(
-            f"{module_type.__name__}, registered",
-            formula,
-            bound,
-            controls={
-                f"{module_type.__name__} times 1 + 1e-3": lambda x, **arguments: (
-                    formula(x, **arguments) * (1 + 1e-3)
-                )
-            },
-        )
+        formula, name = forward, module_type.__name__
+
+        def wrong(x: Array, **arguments: Any) -> Array:
+            return np.asarray(formula(x, **arguments) * (1 + 1e-3))
+
+        controls = {f"{name} times 1 + 1e-3": wrong}
+        layer = Layer(f"{name}, registered", formula, bound, controls=controls)
     else:
         known = next((kind for kind in getattr(like, "__mro__", ()) if kind in LAYERS), None)
         if known is None:
             names = ", ".join(sorted(kind.__name__ for kind in LAYERS))
             raise TypeError(f"register expects like= to be one of {names}, got {like!r}")
-        LAYERS[module_type] = LAYERS[known]
-    _READERS.pop(module_type, None)
+        layer = replace(LAYERS[known])
+    LAYERS[module_type] = layer
     if arguments is not None:
-        _READERS[module_type] = arguments
-
-
-def _known_type(module: nn.Module) -> type[nn.Module] | None:
-    return next((kind for kind in type(module).__mro__ if kind in LAYERS), None)
+        _READERS[layer] = arguments
 
 
 def layer_of(module: nn.Module) -> Layer | None:
     """What is known of the module's type or of the nearest type it derives from."""
-    kind = _known_type(module)
-    if kind is None or any(
-        hasattr(module, name) and beyond(getattr(module, name))
-        for name, beyond in _NOT_COVERED.items()
-    ):
+    beyond_its_formula = (
+        getattr(module, "running_mean", 0) is None
+        or getattr(module, "max_norm", None) is not None
+        or getattr(module, "return_indices", False)
+    )
+    if beyond_its_formula:
         return None
-    return LAYERS[kind]
+    return next((LAYERS[kind] for kind in type(module).__mro__ if kind in LAYERS), None)
 
 
 def arguments_of(module: nn.Module) -> dict[str, Any]:
     """The arguments of the module's formula: its attributes, tensors as float64 arrays.
 
     Raises:
-        ValueError: a layer in training mode whose formula is that of eval mode.
+        ValueError: a layer in training mode whose formula is that of eval mode; an attribute that
+            the formula takes is missing.
     """
-    kind, layer = _known_type(module), layer_of(module)
-    if kind is None or layer is None:
+    layer, kind = layer_of(module), type(module).__name__
+    if layer is None:
         return {}
     if layer.eval_only and module.training and getattr(module, "p", 1) > 0:
-        raise ValueError(
+        raise RefusedError(
             f"compare expects {module} to be in eval mode, got it in training mode, where it "
             "depends on chance or on the batch; call model.eval() first"
         )
-    if kind in _READERS:
-        return _READERS[kind](module)
+    if layer in _READERS:
+        return _READERS[layer](module)
     found = {}
-    for name, parameter in _parameters_of(layer.forward).items():
+    for name, parameter in list(parameters_of(layer.forward).items())[1:]:
         if hasattr(module, name):
             value = getattr(module, name)
             found[name] = to_numpy(value) if isinstance(value, Tensor) else value
             if name == "dim" and value is None:
-                raise ValueError(
-                    f"compare expects {type(module).__name__} to name its dim, got {module}; write "
-                    f"{type(module).__name__}(dim=-1) for the last one"
+                raise RefusedError(
+                    f"compare expects {kind} to name its dim, got {module}; write {kind}(dim=-1) "
+                    "for the last one"
                 )
         elif parameter.default is parameter.empty:
-            raise ValueError(
-                f"compare expects {type(module).__name__} to have an attribute {name!r}, as its "
-                "registered formula takes it; name a reader with register(..., arguments=...)"
+            raise RefusedError(
+                f"compare expects {kind} to have an attribute {name!r}, as its registered formula "
+                "takes it; name a reader with register(..., arguments=...)"
             )
     return found
 
 
-def _parameters_of(forward: Forward) -> dict[str, inspect.Parameter]:
+def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a function by their names; none of a function in C without a signature."""
     try:
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
-    except ValueError:  # a function in C without a signature
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
         return {}
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {each.name: each for each in parameters if each.kind in kinds}
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: each for name, each in parameters.items() if each.kind not in various}
 
 
 @contextmanager
@@ -192,7 +186,7 @@ def computable(module: nn.Module, layer: Layer, x: Array) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as failure:
-        raise ValueError(
+        raise RefusedError(
             f"{type(module).__name__} is judged as {layer.name}, whose formula cannot compute from "
             f"an input of shape {x.shape} ({failure}); if it is another layer, tell "
             "torchnnfs.testing.register"
@@ -225,6 +219,11 @@ class Place:
         """How rows name the place; the whole of a model with its own forward is "(output)"."""
         return self.path or ("" if self.layer else "(output)")
 
+    @property
+    def title(self) -> str:
+        """The label and the type."""
+        return f"{self.label} {self.kind}".strip()
+
 
 def walk(model: nn.Module) -> list[Place]:
     """The places of `model`, the steps in the order of their calls, shared ones each time.
@@ -232,22 +231,18 @@ def walk(model: nn.Module) -> list[Place]:
     Inside a module with its own forward the layers are places, in the order of registration.
     """
     first: dict[int, str] = {}
-    return [
-        Place(first.setdefault(id(each.module), each.path), each.module, each.layer, each.step)
-        for each in _walk(model, "", True)
-    ]
 
+    def visit(module: nn.Module, path: str, step: bool) -> Iterator[Place]:
+        layer, children = layer_of(module), module._modules
+        plain = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+        if layer is not None or not children or (step and not plain):
+            yield Place(first.setdefault(id(module), path), module, layer, step)
+        if layer is None:
+            for name, child in children.items():
+                if child is not None:
+                    yield from visit(child, f"{path}.{name}" if path else name, step and plain)
 
-def _walk(module: nn.Module, path: str, step: bool) -> Iterator[Place]:
-    layer = layer_of(module)
-    children = list(module._modules.items())
-    plain = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
-    if layer is not None or not children or (step and not plain):
-        yield Place(path, module, layer, step)
-    if layer is None:
-        for name, child in children:
-            if child is not None:
-                yield from _walk(child, f"{path}.{name}" if path else name, step and plain)
+    return list(visit(model, "", True))
 
 
 def to_numpy(tensor: Tensor) -> Array:
@@ -261,8 +256,6 @@ def to_numpy(tensor: Tensor) -> Array:
 
 def convert(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     """`value` with `change` of each `kind` in its tuples, lists and dictionaries."""
-    if isinstance(value, kind):
-        return change(value)
     if isinstance(value, Mapping):
         return {key: convert(entry, kind, change) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -270,31 +263,37 @@ def convert(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
         if hasattr(value, "_fields") and not isinstance(value, PackedSequence):
             return type(value)(*entries)
         return entries if isinstance(value, list) else tuple(entries)
-    return value
+    return change(value) if isinstance(value, kind) else value
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
     """Each tensor or array in tuples, lists and dictionaries, by where it is: ``[0]['h']``."""
     if isinstance(value, Tensor | np.ndarray):
         return {name: value}
-    entries: list[tuple[Any, Any]] = []
-    if isinstance(value, Mapping):
-        entries = list(value.items())
-    elif isinstance(value, list | tuple):
-        entries = list(enumerate(value))
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
     return {
         path: leaf
-        for key, entry in entries
+        for key, entry in (value.items() if isinstance(value, Mapping) else ())
         for path, leaf in leaves(entry, f"{name}[{key!r}]").items()
     }
 
 
-def cast(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """Copies of all tensors in `value` on `device`, the floating-point ones in `dtype`."""
+def cast(
+    value: Any,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    stored: torch.dtype | None = None,
+) -> Any:
+    """Copies of all tensors in `value` on `device`, the floating-point ones in `dtype`.
+
+    With `stored`, their values are those that this dtype stores.
+    """
 
     def moved(tensor: Tensor) -> Tensor:
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(device, kind, copy=True)
+        if not tensor.is_floating_point():
+            return tensor.to(device, copy=True)
+        return tensor.detach().to(stored or dtype).to(device, dtype, copy=True)
 
     return convert(value, Tensor, moved)
 
@@ -314,11 +313,10 @@ def call(function: Callable[..., Any], input: Any) -> Any:
 
 def own_dtype(model: nn.Module, input: Any) -> torch.dtype:
     """The dtype of most of the model's numbers; without parameters, that of the input."""
-    sizes: dict[torch.dtype, int] = {}
+    sizes: Counter[torch.dtype] = Counter()
     for tensor in (*model.parameters(), *leaves(input).values()):
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            is_parameter = isinstance(tensor, nn.Parameter)
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel() * is_parameter
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel() * isinstance(tensor, nn.Parameter)
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
@@ -328,24 +326,10 @@ def state_of(
     dtype: torch.dtype,
     stored: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Copies of the model's parameters and buffers on `device` in `dtype`, by their names.
-
-    With `stored`, their values are those that this dtype stores.
-    """
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: moved(each.detach(), device, dtype, stored) for name, each in named}
-
-
-def moved(
-    tensor: Tensor,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    stored: torch.dtype | None = None,
-) -> Tensor:
-    """A copy of the tensor on `device`, a floating-point one in `dtype`."""
-    if not tensor.is_floating_point():
-        return tensor.to(device, copy=True)
-    return tensor.to(stored or dtype).to(device, dtype, copy=True)
+    """Copies of the model's parameters and buffers, as `cast` makes them, by their names."""
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    copies: dict[str, Tensor] = cast(named, device, dtype, stored)
+    return copies
 
 
 _BORROWED = threading.RLock()
@@ -366,45 +350,63 @@ def borrowed(
     no other thread can use the model.
     """
     others = dict(state_of(model, device, dtype, stored) if state is None else state)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return functional_call(model, others, args, kwargs)
+        except (RefusedError, Warning):
+            raise
+        except Exception as error:
+            raise ValueError(_failure(model, error, (args, kwargs))) from error
+
     with _BORROWED:
-        kept = [(module, _Kept(module)) for module in model.modules()]
+        kept = [_keep(module) for module in model.modules()]
         default = torch.get_default_dtype()
         try:
-            for module, _ in kept:
+            for module in model.modules():
                 for name, value in list(vars(module).items()):
                     if isinstance(value, Tensor):
-                        vars(module)[name] = moved(value.detach(), device, dtype, stored)
+                        vars(module)[name] = cast(value, device, dtype, stored)
             if own_dtype(model, ()) != dtype:
                 torch.set_default_dtype(dtype)  # for tensors that a forward makes
-            yield lambda *args, **kwargs: functional_call(model, others, args, kwargs)
+            yield run
         finally:
             torch.set_default_dtype(default)
-            for module, before in kept:
-                before.restore(module)
+            for restore in kept:
+                restore()
 
 
-class _Kept:
-    """What a module's attributes are: restored after a forward that changes them."""
+def _failure(model: nn.Module, error: Exception, given: Any) -> str:
+    """Which module of the model raised what, and what the model was given."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    where = type(model).__name__
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if id(module) in paths:
+            where = f"{paths[id(module)]} {type(module).__name__}".strip()
+    tensors = [f"{tuple(each.shape)} in {each.dtype}" for each in leaves(given).values()]
+    return f"{where} raised {type(error).__name__}: {error}; the input was {', '.join(tensors)}"
 
-    def __init__(self, module: nn.Module) -> None:
-        self.attributes = dict(vars(module))
-        kinds = (dict, list, set, np.ndarray)
-        self.contents = {
-            name: copy.copy(value)
-            for name, value in self.attributes.items()
-            if isinstance(value, kinds)
-        }
 
-    def restore(self, module: nn.Module) -> None:
+def _keep(module: nn.Module) -> Callable[[], None]:
+    """What restores the module's attributes after a forward that changes them."""
+    attributes = dict(vars(module))
+    kinds = (dict, list, set, np.ndarray)
+    contents = [(each, copy.copy(each)) for each in attributes.values() if isinstance(each, kinds)]
+
+    def restore() -> None:
         vars(module).clear()
-        vars(module).update(self.attributes)
-        for name, content in self.contents.items():
-            value = self.attributes[name]
+        vars(module).update(attributes)
+        for value, content in contents:
             if isinstance(value, dict | set):
                 value.clear()
                 value.update(content)
+            elif isinstance(value, list):
+                value[:] = content
             else:
-                value[... if isinstance(value, np.ndarray) else slice(None)] = content
+                value[...] = content
+
+    return restore
 
 
 def copied(model: nn.Module) -> nn.Module:

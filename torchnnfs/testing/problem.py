@@ -36,17 +36,14 @@ class Problem:
         self.reference = reference
         # Somebody's code has the model's own parameters, not those that another dtype stores.
         self.is_own = dtype == own_dtype(model, input)
-        self.model = self.exact = Exact(model, input, dtype)
+        self.model = self.exact = self.end = Exact(model, input, dtype)
         self.paired = {path: path for path in self.model.places}
         self.mismatch = ""
-        self.end = self.model.end
-        self.other: Exact | None = None
         if reference.module is not None:
-            self.other = other = Exact(reference.module, input, dtype)
-            self.mismatch, pairs = _pair(self.model, other)
-            self.end = other.end
+            self.end = Exact(reference.module, input, dtype)
+            self.mismatch, pairs = _pair(self.model, self.end)
             if not self.mismatch:
-                self.exact, self.paired = other, pairs
+                self.exact, self.paired = self.end, pairs
         ours = [self.paired.get(path) for path in self.model.steps]
         self.is_chain = ours == self.exact.steps
 
@@ -75,8 +72,8 @@ class Problem:
     def recorded(self, path: str) -> Expected:
         """What came out elsewhere at a place within the model."""
         answer = self.reference.recorded[path]
-        inside = (self.model.inside(path, each) for each in (self.precision, answer.precision))
-        expected, own = inside
+        expected = self.model.inside(path, self.precision)
+        own = self.model.inside(path, answer.precision)
         return _allowing(answer, expected, own, self.precision)
 
     @cached_property
@@ -101,19 +98,15 @@ class Problem:
         ours = self.model.whole(_DOUBLE)
         if ours is None:
             return None
-        if self.other is not None:
-            theirs = self.other.whole(_DOUBLE) if self.mismatch else None
-            answer = None if theirs is None else Answer(theirs.output, _DOUBLE)
-            return None if answer is None else _allowing(answer, ours, theirs)
+        if self.reference.module is not None:
+            theirs = self.end.whole(_DOUBLE) if self.mismatch else None
+            return theirs and _allowing(Answer(theirs.output, _DOUBLE), ours, theirs)
         answer = self._answer
-        if answer is None or answer.precision is not _DOUBLE:
+        reach = self.model.reach() if answer and answer.precision is _DOUBLE else None
+        if answer is None or reach is None:
             return None
-        reach = self.model.reach()
-        if reach is None:
-            return None
-        bounds = [ours.bounds[name] + reach[name] for name in ours.bounds]
-        wide = replace(ours, bounds=dict(zip(ours.bounds, bounds, strict=True)))
-        return replace(_allowing(answer, wide, ours), basis=ESTIMATED)
+        bounds = {name: bound + reach[name] for name, bound in ours.bounds.items()}
+        return replace(_allowing(answer, replace(ours, bounds=bounds), ours), basis=ESTIMATED)
 
     @cached_property
     def output(self) -> Expected | None:
@@ -121,12 +114,11 @@ class Problem:
         named = "" in self.reference.sources or "" in self.reference.recorded
         if self.formula is not None or (named and not self.is_own):
             return self._independent(self.model.end())
-        if self._answer is None:
-            return self._independent(self.end())
-        precision = self._answer.precision
-        return _allowing(
-            self._answer, self._sharp(self.precision), self._sharp(precision), self.precision
-        )
+        answer = self._answer
+        if answer is None:
+            return self._independent(self.end.end())
+        expected, own = self._sharp(self.precision), self._sharp(answer.precision)
+        return _allowing(answer, expected, own, self.precision)
 
     def _sharp(self, precision: Precision) -> Expected | None:
         """The end by the chain or by the model's own run, whichever allows less.
@@ -149,7 +141,7 @@ class Problem:
     def unjudged_gradients(self) -> tuple[str, ...]:
         """The steps whose gradients no formula is known of."""
         return tuple(
-            f"the gradient of {place.label} {place.kind}".replace("  ", " ")
+            f"the gradient of {place.title}"
             for place in self.model.places.values()
             if place.step and (place.layer is None or place.layer.backward is None)
         )
@@ -162,16 +154,14 @@ class Problem:
         covered = self.reference.sources.keys() | self.reference.recorded.keys()
         places = [self.model.places[path] for path in dict.fromkeys(self.model.steps)]
         return tuple(
-            f"{place.label} {place.kind}"
-            for place in places
-            if place.layer is None and place.path not in covered
+            place.title for place in places if place.layer is None and place.path not in covered
         )
 
 
 def _fitted(output: Any, expected: Expected) -> Any:
     """The reference's output in the order of the model's; a list of rows as one array."""
     values = leaves(output)
-    rows = isinstance(output, tuple) and len({value.shape for value in values.values()}) == 1
+    rows = isinstance(output, list | tuple) and len({value.shape for value in values.values()}) == 1
     if rows and len(values) > 1 and list(expected.bounds) == [""]:
         return np.stack(list(values.values()))
     if values.keys() == expected.bounds.keys() or len(values) == len(expected.bounds) == 1:
@@ -211,29 +201,24 @@ def nominal(value: Array, precision: Precision) -> Array:
 def _pair(model: Exact, other: Exact) -> tuple[str, dict[str, str]]:
     """Where the layers of the two first differ, in words, or the places of `other` by ours."""
     ours, theirs = _called(model), _called(other)
-    for place, partner in zip_longest(ours, theirs):
-        expected = _signature(place, model) if place else "nothing more"
-        got = _signature(partner, other) if partner else "nothing more"
+    ends: tuple[Place | None, str] = (None, "nothing more")
+    for (place, expected), (_, got) in zip_longest(ours, theirs, fillvalue=ends):
         if expected != got:
             where = (
                 f"the model's layer {place.label!r} is {expected}" if place else "the model ends"
             )
             return f"where {where}, the reference has {got}", {}
-    return "", {a.path: b.path for a, b in zip(ours, theirs, strict=True)}
+    return "", {a.path: b.path for (a, _), (b, _) in zip(ours, theirs, strict=True)}
 
 
-def _called(exact: Exact) -> list[Place]:
-    return [
-        place
-        for place in exact.places.values()
-        if place.layer is None or place.path in exact.arguments
-    ]
-
-
-def _signature(place: Place, exact: Exact) -> str:
-    """What must be the same of two layers that are paired: the computation and its shapes."""
-    if place.layer is None:
-        return "a module with its own forward"
-    arguments = exact.arguments[place.path].items()
-    shapes = [f"{name}={getattr(value, 'shape', value)}" for name, value in arguments]
-    return f"{place.layer.name}({', '.join(shapes)})"
+def _called(exact: Exact) -> list[tuple[Place, str]]:
+    """The places, and what must be the same of two that are paired: computation and shapes."""
+    found = []
+    for place in exact.places.values():
+        if place.layer is None:
+            found.append((place, "a module with its own forward"))
+        elif place.path in exact.arguments:
+            arguments = exact.arguments[place.path].items()
+            shapes = [f"{name}={getattr(value, 'shape', value)}" for name, value in arguments]
+            found.append((place, f"{place.layer.name}({', '.join(shapes)})"))
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchnnfs.testing.models import Place, convert, leaves, to_numpy
+from torchnnfs.testing.models import Place, convert, leaves, parameters_of, to_numpy
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
+
+#: Arguments and keyword arguments.
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class NoAnswerError(TypeError):
 
 #: From the arguments of a place to what somebody's code gives for them; in float64, or, where it
 #: cannot and that is allowed, in float32.
-Source = Callable[[tuple[tuple[Any, ...], dict[str, Any]], bool], Answer]
+Source = Callable[[Given, bool], Answer]
 
 
 @dataclass(frozen=True)
@@ -70,50 +72,45 @@ def read(reference: Any, model: nn.Module, places: Sequence[Place]) -> Reference
         return Reference()
     if isinstance(reference, nn.Module):
         return Reference(module=reference)
-    if isinstance(reference, Mapping):
-        paths = dict(model.named_modules(remove_duplicate=False))
-        sources, recorded = {}, {}
-        for path, entry in reference.items():
-            if path not in paths:
-                raise ValueError(
-                    f"compare expects the reference's keys to be paths in the model, got {path!r}; "
-                    f"there are {', '.join(map(repr, paths))} ('' is the output)"
-                )
-            where = f"at {path!r}" if path else "for the output"
-            if isinstance(entry, np.ndarray | Tensor):
-                recorded[path] = answer(entry, where)
-            else:
-                sources[path] = source(entry, where)
-        return Reference(sources=sources, recorded=recorded)
-    if isinstance(reference, np.ndarray | Tensor):
-        return Reference(recorded={"": answer(reference, "for the output")})
     if isinstance(reference, Sequence) and not isinstance(reference, str):
-        return _in_order(list(reference), places)
-    return Reference(sources={"": source(reference, "for the output")})
+        return _in_order(reference, places)
+    named = reference if isinstance(reference, Mapping) else {"": reference}
+    paths = dict(model.named_modules(remove_duplicate=False))
+    found = Reference()
+    for path, entry in named.items():
+        if path not in paths:
+            raise ValueError(
+                f"compare expects the reference's keys to be paths in the model, got {path!r}; "
+                f"there are {', '.join(map(repr, paths))} ('' is the output)"
+            )
+        where = f"at {path!r}" if path else "for the output"
+        if isinstance(entry, np.ndarray | Tensor):
+            found.recorded[path] = answer(entry, where)
+        else:
+            found.sources[path] = source(entry, where)
+    return found
 
 
-def _in_order(entries: list[Any], places: Sequence[Place]) -> Reference:
+def _in_order(entries: Sequence[Any], places: Sequence[Place]) -> Reference:
     """Objects that are run one after the other; as many as layers, each judges its own."""
     sources = [source(entry, f"number {i}") for i, entry in enumerate(entries)]
     if not sources:
         raise ValueError("compare expects a reference with at least one object, got an empty list")
 
-    def whole(given: tuple[tuple[Any, ...], dict[str, Any]], single: bool) -> Answer:
-        precision = PRECISIONS["float64"]
+    def whole(given: Given, single: bool) -> Answer:
+        answers = []
         for each in sources:
-            found = each(given, single)
-            if found.precision.roundoff > precision.roundoff:
-                precision = found.precision
-            given = ((found.output,), {})
-        return Answer(found.output, precision)
+            answers.append(each(given, single))
+            given = ((answers[-1].output,), {})
+        roughest = max(answers, key=lambda each: each.precision.roundoff)
+        return Answer(answers[-1].output, roughest.precision)
 
-    layers = [place for place in places if place.layer is not None or place.path]
-    if len(layers) != len(sources):
-        count = f"{len(sources)} object{'s' * (len(sources) > 1)}"
-        note = f"The reference has {count} for {len(layers)} layers: it judges the output alone."
-        return Reference(sources={"": whole}, notes=(note,))
-    own = {place.path: each for place, each in zip(layers, sources, strict=True)}
-    return Reference(sources={**own, "": whole})
+    layers = [place.path for place in places if place.layer is not None or place.path]
+    if len(layers) == len(sources):
+        return Reference(sources={**dict(zip(layers, sources, strict=True)), "": whole})
+    count = f"{len(sources)} object{'s' * (len(sources) > 1)}"
+    note = f"The reference has {count} for {len(layers)} layers: it judges the output alone."
+    return Reference(sources={"": whole}, notes=(note,))
 
 
 def source(entry: Any, where: str) -> Source:
@@ -129,39 +126,37 @@ def source(entry: Any, where: str) -> Source:
             f"compare expects as reference {where} a torch.nn.Module, a function, an object with a "
             f"method forward, an array, or a list or mapping of these, got {entry!r:.100}"
         )
-    named = {"training": False} if _wants_training(compute) else {}
+    training = parameters_of(compute).get("training")
+    named = {"training": False} if training and training.default is training.empty else {}
 
-    def run(given: tuple[tuple[Any, ...], dict[str, Any]], single: bool) -> Answer:
-        def once(tensors: bool, dtype: str) -> Answer:
-            def form(array: Array) -> Any:  # it may work in place: a copy of its own
-                own = array.astype(dtype) if array.dtype.kind == "f" else array.copy()
-                return torch.from_numpy(own) if tensors else own
+    def once(given: Given, dtype: str, tensors: bool) -> Answer:
+        def form(array: Array) -> Any:  # it may work in place: a copy of its own
+            own = array.astype(dtype) if array.dtype.kind == "f" else array.copy()
+            return torch.from_numpy(own) if tensors else own
 
-            args, kwargs = convert(given, np.ndarray, form)
-            with torch.no_grad():
-                result = compute(*args, **kwargs, **named)
-            result = getattr(entry, "output", None) if result is None else result
-            if result is None:
-                raise NoAnswerError(
-                    f"compare expects {name}.forward {where} to return an array or to set output, "
-                    "got neither"
-                )
-            return answer(result, f"{where}, {name},")
+        args, kwargs = convert(given, np.ndarray, form)
+        with torch.no_grad():
+            result = compute(*args, **kwargs, **named)
+        result = getattr(entry, "output", None) if result is None else result
+        if result is None:
+            raise NoAnswerError(
+                f"compare expects {name}.forward {where} to return an array or to set output, "
+                "got neither"
+            )
+        return answer(result, f"{where}, {name},")
 
-        # In float64 where it can: then a wrong formula cannot hide behind rounding.
+    def run(given: Given, single: bool) -> Answer:
+        # In float64 where it can: then a wrong formula cannot hide behind rounding. Some code takes
+        # torch's tensors alone.
         failure: Exception | None = None
         for dtype in ("float64", "float32") if single else ("float64",):
-            for tensors in (False, True):  # some code takes torch's tensors alone
+            for tensors in (False, True):
                 try:
-                    found = once(tensors, dtype)
+                    return once(given, dtype, tensors)
                 except NoAnswerError:
                     raise
                 except Exception as error:
                     failure = failure or error
-                    continue
-                if dtype == "float32" or not single or found.precision is PRECISIONS["float64"]:
-                    return found
-                break
         shapes = ", ".join(str(array.shape) for array in leaves(given).values())
         raise ValueError(
             f"the reference {where}, {name}, cannot compute from an array of shape {shapes}: "
@@ -169,14 +164,6 @@ def source(entry: Any, where: str) -> Source:
         ) from failure
 
     return run
-
-
-def _wants_training(function: Callable[..., Any]) -> bool:
-    try:
-        parameter = inspect.signature(function).parameters.get("training")
-    except (TypeError, ValueError):  # functions in C have none
-        return False
-    return parameter is not None and parameter.default is parameter.empty
 
 
 def answer(found: Any, where: str) -> Answer:
@@ -196,7 +183,7 @@ def answer(found: Any, where: str) -> Answer:
         if kind in PRECISIONS:
             wide: Array = converted.astype(np.float64)
             # Float64 that holds numbers of float32 alone was computed in float32.
-            if kind == "float64" and wide.size > 8 and _is_single(wide):
+            if kind == "float64" and _is_single(wide):
                 kind = "float32"
             precisions.append(PRECISIONS[kind])
             return wide
@@ -210,7 +197,7 @@ def answer(found: Any, where: str) -> Answer:
     nested = isinstance(found, Mapping) or (
         isinstance(found, list | tuple) and any(hasattr(each, "shape") for each in found)
     )
-    output = _each(found, array) if nested else array(found)
+    output = convert(found, object, array) if nested else array(found)
     return Answer(output, max(precisions, key=lambda each: each.roundoff))
 
 
@@ -218,12 +205,5 @@ def _is_single(values: Array) -> bool:
     """Whether float32 holds these numbers, and they are no whole numbers or simple fractions."""
     with np.errstate(over="ignore"):
         same = np.array_equal(values.astype(np.float32), values, equal_nan=True)
-    return same and not np.array_equal(np.rint(values * 256), values * 256, equal_nan=True)
-
-
-def _each(value: Any, change: Callable[[Any], Array]) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _each(entry, change) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(_each(entry, change) for entry in value)
-    return change(value)
+    simple = np.array_equal(np.rint(values * 256), values * 256, equal_nan=True)
+    return values.size > 8 and same and not simple

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from torchnnfs.testing.models import convert, to_numpy
+
+#: From a module and the input it got to what takes the place of its output.
+Formula = Callable[[nn.Module, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Call:
     @property
     def input(self) -> Any:
         """The first argument: all that a layer with a formula takes."""
-        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return next(iter((*self.args, *self.kwargs.values())))
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,9 @@ class Trace:
     again: Any = None
 
 
-def _before(path: str, function: Callable[..., object]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        function(path, args, kwargs)
-
-    return hook
-
-
 @contextmanager
 def hooked(
-    modules: Mapping[str, nn.Module],
-    before: Callable[..., object],
-    after: Callable[..., Any],
+    modules: Mapping[str, nn.Module], before: Callable[..., None], after: Callable[..., Any]
 ) -> Iterator[None]:
     """``before(path, args, kwargs)`` and ``after(path, module, output)`` around each call.
 
@@ -80,7 +74,10 @@ def hooked(
     try:
         for path, module in modules.items():
             handles += [
-                module.register_forward_pre_hook(_before(path, before), with_kwargs=True),
+                module.register_forward_pre_hook(
+                    lambda module, args, kwargs, path=path: before(path, args, kwargs),
+                    with_kwargs=True,
+                ),
                 module.register_forward_hook(
                     lambda module, args, output, path=path: after(path, module, output)
                 ),
@@ -92,37 +89,26 @@ def hooked(
 
 
 @contextmanager
-def watched(modules: Mapping[str, nn.Module], calls: list[Call]) -> Iterator[None]:
-    """Append each call of each module to `calls`, in the order of their ends."""
+def watched(
+    modules: Mapping[str, nn.Module], formulas: Mapping[str, Formula], calls: list[Call]
+) -> Iterator[None]:
+    """Append each call of each module to `calls`, in the order of their ends.
+
+    Where there is a formula for a path, its result takes the place of the module's output.
+    """
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     # The input is copied before the call, for the layer may work in place.
     def before(path: str, args: Any, kwargs: Any) -> None:
         given.append((convert(args, Tensor, to_numpy), convert(kwargs, Tensor, to_numpy)))
 
-    def after(path: str, module: nn.Module, output: Any) -> None:
-        arrays = convert(output, Tensor, to_numpy)
-        calls.append(Call(path, type(module).__name__, *given.pop(), arrays))
+    def after(path: str, module: nn.Module, output: Any) -> Any:
+        call = Call(path, type(module).__name__, *given.pop(), None)
+        if path in formulas:
+            result = np.array(formulas[path](module, call.input))
+            output = torch.from_numpy(result).to(output.device, output.dtype)
+        calls.append(replace(call, output=convert(output, Tensor, to_numpy)))
+        return output
 
     with hooked(modules, before, after):
-        yield
-
-
-#: From a module and the input it got to what takes the place of its output.
-Formula = Callable[[nn.Module, np.ndarray], np.ndarray]
-
-
-@contextmanager
-def replaced(model: nn.Module, formulas: Mapping[str, Formula]) -> Iterator[None]:
-    """Put what a formula gives in the place of the output of the module at its path."""
-    given: list[np.ndarray] = []
-
-    def before(path: str, args: Any, kwargs: Any) -> None:
-        given.append(to_numpy(args[0] if args else next(iter(kwargs.values()))))
-
-    def after(path: str, module: nn.Module, output: Tensor) -> Tensor:
-        result = np.array(formulas[path](module, given.pop()))
-        return torch.from_numpy(result).to(output.device, output.dtype)
-
-    with hooked({path: model.get_submodule(path) for path in formulas}, before, after):
         yield
