@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 from torchnnfs import classifier, spiral
@@ -12,9 +11,9 @@ def chapter(stream):
     return classifier(2, 3, 3, generator=stream), points
 
 
-@pytest.fixture
-def registry():
-    """The table of layers, which is behind the test what it was before."""
+@pytest.fixture(autouse=True)
+def _unchanged_table():
+    """No test leaves a registered layer behind."""
     before = dict(LAYERS)
     yield
     LAYERS.clear()

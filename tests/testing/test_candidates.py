@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchnnfs import Dense, ReLU, Softmax, classifier, compare, spiral
+from torchnnfs import Dense, ReLU, Softmax, classifier, compare
 from torchnnfs.testing import Candidate, MissingExtraError, candidates
 from torchnnfs.testing.candidates import KINDS, choose
 
@@ -19,12 +19,6 @@ def name(request):
     if absent:
         pytest.skip(f"{request.param} needs {', '.join(absent)}")
     return request.param
-
-
-@pytest.fixture
-def chapter(stream):
-    points, _ = spiral(generator=stream)
-    return classifier(2, 3, 3, generator=stream), points
 
 
 def judge(model, input, *chosen, **named):

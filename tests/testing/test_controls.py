@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from torchnnfs import Dense, ReLU, Softmax, classifier, compare, spiral
+from torchnnfs import Dense, ReLU, Softmax, classifier, compare
 from torchnnfs.testing import Candidate, controls, register
 from torchnnfs.testing.layers import dense
 from torchnnfs.testing.layers.softmax import UNSHIFTED
-from torchnnfs.testing.models import LAYERS, layer_of
+from torchnnfs.testing.models import layer_of
 
 OF_DENSE, OF_RELU, OF_SOFTMAX = (
     set(layer_of(layer).controls) for layer in (Dense(1, 1), ReLU(), Softmax())
@@ -24,20 +24,6 @@ TOO_FINE_FOR_BFLOAT16 = {
 }
 #: What leaves numbers of eight significant bits as they are.
 NOTHING_TO_BFLOAT16 = {f"parameters rounded to {name}" for name in ("TF32", "bfloat16", "float16")}
-
-
-@pytest.fixture(autouse=True)
-def _unchanged_table():
-    before = dict(LAYERS)
-    yield
-    LAYERS.clear()
-    LAYERS.update(before)
-
-
-@pytest.fixture
-def chapter(stream):
-    points, _ = spiral(generator=stream)
-    return classifier(2, 3, 3, generator=stream), points
 
 
 def tried(model, input, dtype=None, device="cpu"):

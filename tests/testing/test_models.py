@@ -6,15 +6,6 @@ from torch.nn import functional as F
 
 from torchnnfs import Dense, ReLU, Softmax, compare
 from torchnnfs.testing import Candidate, register
-from torchnnfs.testing.models import LAYERS
-
-
-@pytest.fixture(autouse=True)
-def _unchanged_table():
-    before = dict(LAYERS)
-    yield
-    LAYERS.clear()
-    LAYERS.update(before)
 
 
 def judge(model, input, dtype=None, **named):
@@ -287,3 +278,34 @@ def test_a_layer_that_its_formula_does_not_cover_is_judged_by_its_own_run():
     told = judge(nn.BatchNorm1d(3, track_running_stats=False), torch.randn(9, 3))
     assert told.ok
     assert told.rows[0].basis == "own float64 run"
+
+
+class Fails(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(2, 3))
+
+    def forward(self, x):
+        if len(x) == 3:
+            return {}["missing"]
+        return self.inner(x) if len(x) == 4 else x + self.inner
+
+
+@pytest.mark.parametrize(
+    ("input", "words"),
+    [
+        (
+            torch.ones(3, 2),
+            r"Fails raised KeyError: 'missing'; the input was \(3, 2\) in .*float32",
+        ),
+        (torch.ones(4, 5), r"inner.0 Linear raised RuntimeError: .*4x5 and 2x3.*was \(4, 5\) in "),
+        (torch.ones(4, 2).int(), r"inner.0 Linear raised RuntimeError: .*\(4, 2\) in torch.int32"),
+        (torch.ones(5, 2), r"Fails raised TypeError: unsupported operand .*; the input was \(5, 2"),
+    ],
+)
+def test_an_error_in_a_forward_names_the_module_and_the_input(input, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        judge(Fails(), input)
+    assert raised.value.__cause__ is not None
+    with pytest.raises(ValueError, match=words):
+        judge(nn.Sequential(nn.Identity(), Fails()), input)
