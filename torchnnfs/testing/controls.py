@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchnnfs.testing.candidates import Candidate, single
+from torchnnfs.testing.candidates import Candidate, dtype_name, single
 from torchnnfs.testing.exact import known
-from torchnnfs.testing.judge import DIFFERS, EXCESS, judge
+from torchnnfs.testing.judge import DIFFERS, EXCESS, Row, judge
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.layers.softmax import UNSHIFTED
 from torchnnfs.testing.measure import measure
@@ -46,22 +46,23 @@ def try_controls(
     model: nn.Module, input: Any, candidate: Candidate, problem: Problem
 ) -> tuple[Control, ...]:
     """Break the model at the first layer that each control fits, and judge it by itself."""
+
+    def rows_of(broken: dict[str, Formula]) -> list[Row]:
+        return judge(candidate.run(model, input, broken=broken), problem)
+
     calls: dict[str, Call] = {}
     for call in candidate.run(model, input, broken={}).calls:
         calls.setdefault(call.path, call)
-    tried: dict[str, Control] = {}
+    tried: dict[str, Control | None] = {}
     for path, call in calls.items():
-        place = problem.model.places[path]
-        if place.layer is None:
+        layer = problem.model.places[path].layer
+        if layer is None:
             continue
-        wrongs: dict[str, _Wrong] = dict(place.layer.controls)
-        if path == problem.model.steps[-1]:
-            wrongs |= _of_the_output(place.layer)
-        for name, wrong in wrongs.items():
-            if name not in tried:
-                control = _try(name, wrong, model, input, candidate, problem, call)
-                tried |= {} if control is None else {name: control}
-    return tuple(tried.values())
+        at_the_end = _of_the_output(layer) if path == problem.model.steps[-1] else {}
+        for name, wrong in {**layer.controls, **at_the_end}.items():
+            if tried.get(name) is None:
+                tried[name] = _try(name, wrong, layer, call, problem, rows_of)
+    return tuple(control for control in tried.values() if control)
 
 
 def _of_the_output(layer: Layer) -> dict[str, _Wrong]:
@@ -81,36 +82,32 @@ def _of_the_output(layer: Layer) -> dict[str, _Wrong]:
 def _try(
     name: str,
     wrong: _Wrong,
-    model: nn.Module,
-    input: Any,
-    candidate: Candidate,
-    problem: Problem,
+    layer: Layer,
     call: Call,
+    problem: Problem,
+    rows_of: Callable[[dict[str, Formula]], list[Row]],
 ) -> Control | None:
     """Judge one broken copy, and where it is not rejected, ask whether it could be."""
-    path, layer = call.path, problem.model.places[call.path].layer
-    assert layer is not None
+    path, dtype = call.path, problem.model.dtype
     arguments = problem.model.arguments[path]
-    narrow = single if candidate.dtype != torch.float64 else lambda value: value
+
+    def formula(module: nn.Module | None, x: Array) -> Array:
+        given = {"x": x, **arguments}
+        if dtype != torch.float64:
+            given = {key: single(value) for key, value in given.items()}
+        return np.asarray(wrong(given.pop("x"), **given))
+
     if name == UNSHIFTED:
-        return _at_size_100(wrong, layer, call, arguments, problem, narrow)
+        return Control(name, path, *_at_size_100(formula, layer, call.input, arguments, problem))
     exact_wrong = wrong(call.input, **arguments)
     if exact_wrong is None:
         return None
-    few = {key: narrow(value) for key, value in arguments.items()}
-
-    def formula(module: nn.Module, x: Array) -> Array:
-        result = wrong(narrow(x), **few)
-        assert result is not None
-        return result
-
-    broken: dict[str, Formula] = {path: formula}
-    rows = judge(candidate.run(model, input, broken=broken), problem)
-    row = next((row for row in rows if row.state == DIFFERS), None)
+    row = next((row for row in rows_of({path: formula}) if row.state == DIFFERS), None)
     if row is not None:
-        far = f"{row.excess:.3g} times the errors of plain sums" if row.basis == EXCESS else ""
-        words = f"{far or _size(row.bound_ratio)} at layer {row.label}"
-        return Control(name, path, "rejected", words)
+        words = _size(row.bound_ratio)
+        if row.basis == EXCESS:
+            words = f"{row.excess:.3g} times the errors of plain sums"
+        return Control(name, path, "rejected", f"{words} at layer {row.label}")
     expected = problem.isolated(call)
     assert expected is not None
     value, bound = expected.values[""], expected.bounds[""]
@@ -118,10 +115,10 @@ def _try(
     if ratio > 2:
         words = f"off by {ratio:.3g} times what rounding explains"
         return Control(name, path, "passed", words)
-    words = f"off by {ratio:.2g} of what rounding in {problem.exact.dtype} explains"
-    if not ratio:
-        words = "on this input it computes the same"
-    return Control(name, path, "indistinguishable", words.replace("torch.", ""))
+    words = "on this input it computes the same"
+    if ratio:
+        words = f"off by {ratio:.2g} of what rounding in {dtype_name(dtype)} explains"
+    return Control(name, path, "indistinguishable", words)
 
 
 def _size(ratio: float) -> str:
@@ -129,26 +126,21 @@ def _size(ratio: float) -> str:
 
 
 def _at_size_100(
-    wrong: _Wrong,
+    formula: Callable[[None, Array], Array],
     layer: Layer,
-    call: Call,
+    logits: Array,
     arguments: dict[str, Any],
     problem: Problem,
-    narrow: Callable[[Any], Any],
-) -> Control | None:
-    """The layer alone, on the logits it gets here, scaled to size 100."""
-    logits = call.input
+) -> tuple[str, str]:
+    """The outcome and its reason of the layer alone, on the logits it gets, scaled to size 100."""
     size = float(logits.flat[np.argmax(np.abs(logits))]) if logits.size else 0.0
     if not 0 < abs(size) < np.inf:
-        words = "its logits here are all zero"
-        return Control(UNSHIFTED, call.path, "indistinguishable", words)
+        return "indistinguishable", "its logits here are all zero"
     # With its sign, so that the largest is 100 and not -100.
     scaled = problem.precision.round(logits * (100 / size))
     expected = known(layer, scaled, None, problem.precision, arguments)
-    value = wrong(narrow(scaled), **arguments)
-    if value is None:
-        return None
-    ratio = measure(value, expected.values[""], expected.bounds[""], problem.precision).ratio
-    outcome = "rejected" if ratio > 1 else "indistinguishable"
-    words = _size(ratio) if ratio > 1 else "exp does not overflow here"
-    return Control(UNSHIFTED, call.path, outcome, words)
+    value, bound = expected.values[""], expected.bounds[""]
+    ratio = measure(formula(None, scaled), value, bound, problem.precision).ratio
+    if ratio > 1:
+        return "rejected", _size(ratio)
+    return "indistinguishable", "exp does not overflow here"
