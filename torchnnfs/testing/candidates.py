@@ -135,11 +135,8 @@ class MissingExtraError(ImportError):
 
 def devices_here() -> list[torch.device]:
     """The CPU and every accelerator of this machine."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return [torch.device("cpu")]
-    count = torch.accelerator.device_count()
-    return [torch.device("cpu"), *(torch.device(accelerator.type, i) for i in range(count))]
+    kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    return [torch.device("cpu"), *(torch.device(f"{kind}:{i}") for i in range(count))]
 
 
 def choose(

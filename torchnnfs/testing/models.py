@@ -121,13 +121,12 @@ def register(
 
 def layer_of(module: nn.Module) -> Layer | None:
     """What is known of the module's type or of the nearest type it derives from."""
-    beyond_its_formula = (
+    if (
         getattr(module, "running_mean", 0) is None
         or getattr(module, "max_norm", None) is not None
         or getattr(module, "return_indices", False)
-    )
-    if beyond_its_formula:
-        return None
+    ):
+        return None  # beyond its formula
     return next((LAYERS[kind] for kind in type(module).__mro__ if kind in LAYERS), None)
 
 
@@ -151,18 +150,17 @@ def arguments_of(module: nn.Module) -> dict[str, Any]:
     found = {}
     for name, parameter in list(parameters_of(layer.forward).items())[1:]:
         if hasattr(module, name):
-            value = getattr(module, name)
-            found[name] = to_numpy(value) if isinstance(value, Tensor) else value
-            if name == "dim" and value is None:
-                raise RefusedError(
-                    f"compare expects {kind} to name its dim, got {module}; write {kind}(dim=-1) "
-                    "for the last one"
-                )
+            found[name] = convert(getattr(module, name), Tensor, to_numpy)
         elif parameter.default is parameter.empty:
             raise RefusedError(
                 f"compare expects {kind} to have an attribute {name!r}, as its registered formula "
                 "takes it; name a reader with register(..., arguments=...)"
             )
+    if found.get("dim", 0) is None:
+        raise RefusedError(
+            f"compare expects {kind} to name its dim, got {module}; write {kind}(dim=-1) for the "
+            "last one"
+        )
     return found
 
 

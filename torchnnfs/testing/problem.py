@@ -29,6 +29,7 @@ class Problem:
         exact: that of the reference's layers and parameters, where it is a module with the model's
             layers; else the model's own.
         paired: for each place of the model that of `exact`.
+        precision: what the dtype rounds to.
         mismatch: where a reference that is a module has other layers than the model.
     """
 
@@ -37,6 +38,7 @@ class Problem:
         # Somebody's code has the model's own parameters, not those that another dtype stores.
         self.is_own = dtype == own_dtype(model, input)
         self.model = self.exact = self.end = Exact(model, input, dtype)
+        self.precision = self.model.precision
         self.paired = {path: path for path in self.model.places}
         self.mismatch = ""
         if reference.module is not None:
@@ -46,11 +48,6 @@ class Problem:
                 self.exact, self.paired = self.end, pairs
         ours = [self.paired.get(path) for path in self.model.steps]
         self.is_chain = ours == self.exact.steps
-
-    @property
-    def precision(self) -> Precision:
-        """What the dtype rounds to."""
-        return self.exact.precision
 
     def isolated(self, call: Call) -> Expected | None:
         """What the call's place should give for what it got; None where nobody can say."""
