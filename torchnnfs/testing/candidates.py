@@ -144,12 +144,7 @@ def choose(
     devices: Sequence[torch.device] | None = None,
     dtypes: Sequence[torch.dtype | None] = (None,),
 ) -> list[Candidate]:
-    """The candidates of these names on each device and in each dtype where that makes sense.
-
-    Raises:
-        MissingExtraError: a candidate whose packages are not installed.
-        ValueError: an unknown name; none of `dtypes` is one that a candidate computes in.
-    """
+    """The candidates of these names on each device and in each dtype where that makes sense."""
     devices = devices_here() if devices is None else devices
     chosen: list[Candidate] = []
     for name in dict.fromkeys(names):
@@ -259,15 +254,11 @@ _JAX: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """How a candidate runs, and what it needs.
+    """How a candidate runs: on any device of torch's or on the CPU alone, in which dtypes.
 
-    Attributes:
-        build: from a copy of the model and an example input to a function of the input; None: torch
-            computes the model as it is, and shows what happens at its places.
-        numpy: whether NumPy's formulas take the place of the layers.
-        anywhere: whether it computes on any device of torch's.
-        dtypes: what it computes in.
-        packages: what it needs; the extra of this package that installs them has its name.
+    It builds a function of the input from a copy of the model and an example input. Without that,
+    torch computes the model as it is and shows its places, or NumPy's formulas take the place of
+    the layers. The extra of this package that installs what it needs has its name.
     """
 
     build: Callable[[nn.Module, Any], Callable[..., Any]] | None = None

@@ -41,6 +41,16 @@ class Control:
 #: A wrong formula: ``wrong(x, **arguments)``; None where these arguments cannot be broken so.
 _Wrong = Callable[..., Array | None]
 
+#: What can be wrong with the last layer, whatever it computes: from its output.
+AT_THE_END: dict[str, Callable[[Array], Array | None]] = {
+    "constant output": lambda y: np.full_like(y, 1 / y.shape[-1]),
+    "swapped classes": lambda y: y[..., ::-1] if y.shape[-1] > 1 else None,
+}
+
+
+def _behind(layer: Layer, change: Callable[[Array], Array | None]) -> _Wrong:
+    return lambda x, **arguments: change(layer.forward(x, **arguments))
+
 
 def try_controls(
     model: nn.Module, input: Any, candidate: Candidate, problem: Problem
@@ -58,25 +68,13 @@ def try_controls(
         layer = problem.model.places[path].layer
         if layer is None:
             continue
-        at_the_end = _of_the_output(layer) if path == problem.model.steps[-1] else {}
-        for name, wrong in {**layer.controls, **at_the_end}.items():
+        wrongs: dict[str, _Wrong] = dict(layer.controls)
+        if path == problem.model.steps[-1]:
+            wrongs |= {name: _behind(layer, change) for name, change in AT_THE_END.items()}
+        for name, wrong in wrongs.items():
             if tried.get(name) is None:
                 tried[name] = _try(name, wrong, layer, call, problem, rows_of)
     return tuple(control for control in tried.values() if control)
-
-
-def _of_the_output(layer: Layer) -> dict[str, _Wrong]:
-    """What can be wrong with the last layer, whatever it computes."""
-
-    def constant(x: Array, **arguments: Any) -> Array:
-        y = layer.forward(x, **arguments)
-        return np.full_like(y, 1 / y.shape[-1])
-
-    def swapped(x: Array, **arguments: Any) -> Array | None:
-        y = layer.forward(x, **arguments)
-        return y[..., ::-1] if y.shape[-1] > 1 else None
-
-    return {"constant output": constant, "swapped classes": swapped}
 
 
 def _try(

@@ -131,12 +131,7 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 
 def arguments_of(module: nn.Module) -> dict[str, Any]:
-    """The arguments of the module's formula: its attributes, tensors as float64 arrays.
-
-    Raises:
-        ValueError: a layer in training mode whose formula is that of eval mode; an attribute that
-            the formula takes is missing.
-    """
+    """The arguments of the module's formula: its attributes, tensors as float64 arrays."""
     layer, kind = layer_of(module), type(module).__name__
     if layer is None:
         return {}
@@ -176,11 +171,7 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 @contextmanager
 def computable(module: nn.Module, layer: Layer, x: Array) -> Iterator[None]:
-    """Say it where a formula cannot compute: the module may be another layer than its type says.
-
-    Raises:
-        ValueError: with the failure of the formula.
-    """
+    """Say it where a formula cannot compute: the module may be another layer than its type says."""
     try:
         yield
     except (TypeError, ValueError) as failure:
@@ -193,13 +184,9 @@ def computable(module: nn.Module, layer: Layer, x: Array) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Place:
-    """A module at which something is judged.
+    """A module of the model, what is known of its kind, and whether it is a step of the chain.
 
-    Attributes:
-        path: where it is in the model, as `nn.Module.get_submodule` takes it.
-        module: the module.
-        layer: what is known of it; None: its own float64 run judges it.
-        step: whether it is a step of the chain from the input to the output.
+    Where nothing is known, its own float64 run judges it.
     """
 
     path: str

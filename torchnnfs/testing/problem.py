@@ -24,12 +24,10 @@ class Problem:
     """What is expected of every trace in one dtype.
 
     Attributes:
-        reference: what the candidates are compared with.
         model: the exact chain of the model itself.
         exact: that of the reference's layers and parameters, where it is a module with the model's
             layers; else the model's own.
         paired: for each place of the model that of `exact`.
-        precision: what the dtype rounds to.
         mismatch: where a reference that is a module has other layers than the model.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,7 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a reference gave.
-
-    Attributes:
-        output: arrays, floating-point ones in float64; tuples, lists and dictionaries as well.
-        precision: what it computed in.
-    """
+    """Arrays that a reference gave, floating-point ones in float64, and what it computed in."""
 
     output: Any
     precision: Precision
@@ -43,11 +39,8 @@ Source = Callable[[Given, bool], Answer]
 class Reference:
     """What the candidates are compared with.
 
-    Attributes:
-        module: a torch module whose layers and parameters are taken; None: the model's own.
-        sources: somebody's code, by the place whose work it does; the empty path is the output.
-        recorded: arrays that came out elsewhere, by their place.
-        notes: what a reader has to know of it.
+    A module is one whose layers and parameters are taken. Sources are somebody's code by the place
+    whose work it does, recorded are arrays that came out elsewhere; the empty path is the output.
     """
 
     module: nn.Module | None = None
@@ -62,12 +55,7 @@ class Reference:
 
 
 def read(reference: Any, model: nn.Module, places: Sequence[Place]) -> Reference:
-    """A reference of any form: see `torchnnfs.compare`.
-
-    Raises:
-        TypeError: nothing that computes or holds numbers.
-        ValueError: a mapping with a path that the model does not have, or an empty reference.
-    """
+    """A reference of any form: see `torchnnfs.compare`."""
     if reference is None or reference is model:
         return Reference()
     if isinstance(reference, nn.Module):
@@ -114,11 +102,7 @@ def _in_order(entries: Sequence[Any], places: Sequence[Place]) -> Reference:
 
 
 def source(entry: Any, where: str) -> Source:
-    """A function, or an object whose ``forward`` returns its result or sets ``output``.
-
-    Raises:
-        TypeError: neither.
-    """
+    """A function, or an object whose ``forward`` returns its result or sets ``output``."""
     compute = getattr(entry, "forward", entry)
     name = getattr(entry, "__name__", type(entry).__name__)
     if not callable(compute) or isinstance(entry, type):
@@ -149,14 +133,13 @@ def source(entry: Any, where: str) -> Source:
         # In float64 where it can: then a wrong formula cannot hide behind rounding. Some code takes
         # torch's tensors alone.
         failure: Exception | None = None
-        for dtype in ("float64", "float32") if single else ("float64",):
-            for tensors in (False, True):
-                try:
-                    return once(given, dtype, tensors)
-                except NoAnswerError:
-                    raise
-                except Exception as error:
-                    failure = failure or error
+        for dtype, tensors in product(("float64", "float32")[: 1 + single], (False, True)):
+            try:
+                return once(given, dtype, tensors)
+            except NoAnswerError:
+                raise
+            except Exception as error:
+                failure = failure or error
         shapes = ", ".join(str(array.shape) for array in leaves(given).values())
         raise ValueError(
             f"the reference {where}, {name}, cannot compute from an array of shape {shapes}: "
@@ -167,11 +150,7 @@ def source(entry: Any, where: str) -> Source:
 
 
 def answer(found: Any, where: str) -> Answer:
-    """Arrays of any library as NumPy's, and what they were computed in.
-
-    Raises:
-        TypeError: something that is no array of real numbers.
-    """
+    """Arrays of any library as NumPy's, and what they were computed in."""
     precisions = [PRECISIONS["float64"]]
 
     def array(value: Any) -> Array:
