@@ -202,16 +202,13 @@ def _onnx(model: nn.Module, input: Any) -> Callable[..., Any]:
     finally:
         logger.setLevel(level)
     assert program is not None
-    session = onnxruntime.InferenceSession(
-        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    program.initialize_inference_session(  # its own choice is a GPU where there is one
+        lambda model: onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     )
-    names = [each.name for each in session.get_inputs()]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        arrays = [tensor.numpy() for tensor in leaves((args, kwargs)).values()]
-        results = session.run(None, dict(zip(names, arrays, strict=False)))
-        tensors = tuple(torch.from_numpy(np.asarray(each)) for each in results)
-        return tensors if len(tensors) > 1 else tensors[0]
+        results = tuple(program(*args, **kwargs))
+        return results if len(results) > 1 else results[0]
 
     return run
 
@@ -227,8 +224,7 @@ def _jax(model: nn.Module, input: Any) -> Callable[..., Any]:
             raise ValueError(
                 f"jax follows plain chains of {', '.join(_JAX)}, got {name} ({place.kind})"
             )
-        arguments = arguments_of(place.module).items()
-        layers.append((name, {key: value if double else single(value) for key, value in arguments}))
+        layers.append((name, arguments_of(place.module)))
 
     @jax.jit
     def forward(x: Any) -> Any:
