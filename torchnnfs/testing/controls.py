@@ -63,7 +63,7 @@ def try_controls(
     calls: dict[str, Call] = {}
     for call in candidate.run(model, input, broken={}).calls:
         calls.setdefault(call.path, call)
-    tried: dict[str, Control | None] = {}
+    tried: dict[str, Control] = {}
     for path, call in calls.items():
         layer = problem.model.places[path].layer
         if layer is None:
@@ -72,9 +72,12 @@ def try_controls(
         if path == problem.model.steps[-1]:
             wrongs |= {name: _behind(layer, change) for name, change in AT_THE_END.items()}
         for name, wrong in wrongs.items():
-            if tried.get(name) is None:
-                tried[name] = _try(name, wrong, layer, call, problem, rows_of)
-    return tuple(control for control in tried.values() if control)
+            control = None
+            if name not in tried:
+                control = _try(name, wrong, layer, call, problem, rows_of)
+            if control is not None:
+                tried[name] = control
+    return tuple(tried.values())
 
 
 def _try(
