@@ -32,7 +32,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import BOOK, COPY, Call, is_here, peers, training_peers
 
-from torchnnfs import Dense, ReLU, Softmax, chain, kernel
+from torchnnfs import Dense, ReLU, Softmax, kernel
 from torchnnfs.testing.environment import describe
 
 #: What is ours in each table; the first is what all others are divided by.
@@ -338,7 +338,7 @@ def main() -> None:
         arguments.samples += [100_000_000] if arguments.device != "cpu" else []
     arguments.tables = arguments.tables or ["forward", "training"]
     if arguments.widest:
-        kernel.WIDEST = chain.WIDEST = arguments.widest
+        kernel.WIDEST = arguments.widest
         kernel.HEAVY = sys.maxsize
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.parent.is_dir():

@@ -5,6 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from torchnnfs import classifier, compare, spiral
 from torchnnfs.testing.candidates import devices_here
@@ -36,6 +37,42 @@ def device(request):
 @pytest.fixture(params=[torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def lively():
+    """Makes networks whose outputs differ from row to row."""
+
+    def make(*widths, dtype=torch.float32, **keywords):
+        model = classifier(*widths, **keywords)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=1.0)
+        return model.to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def both():
+    """What a fused model and its layers give, without gradients."""
+
+    @torch.no_grad()
+    def call(fused_model, input):
+        return fused_model(input), nn.Sequential.forward(fused_model, input)
+
+    return call
+
+
+@pytest.fixture
+def model(lively):
+    """What the tests of fuse call, unless they need another."""
+    return lively(2, 5, 3)
+
+
+@pytest.fixture
+def points():
+    return torch.randn(300, 2)
 
 
 @pytest.fixture

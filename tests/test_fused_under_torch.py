@@ -4,27 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchnnfs import Softmax, classifier, fuse
-
-
-def lively(*widths, dtype=torch.float32, **keywords):
-    """A network whose outputs differ from row to row."""
-    model = classifier(*widths, **keywords)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=1.0)
-    return model.to(dtype)
-
-
-@pytest.fixture
-def model():
-    return lively(2, 5, 3)
-
-
-@pytest.fixture
-def points():
-    return torch.randn(300, 2)
-
+from torchnnfs import Softmax, fuse
 
 TRANSFORMATIONS = {
     "vmap": lambda f, x: torch.vmap(f)(x.reshape(10, 30, 2)),

@@ -8,26 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torchnnfs import Dense, ReLU, Softmax, classifier, fuse
-
-
-def lively(*widths, dtype=torch.float32, **keywords):
-    """A network whose outputs differ from row to row."""
-    model = classifier(*widths, **keywords)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=1.0)
-    return model.to(dtype)
-
-
-@pytest.fixture
-def model():
-    return lively(2, 5, 3)
-
-
-@pytest.fixture
-def points():
-    return torch.randn(300, 2)
+from torchnnfs import Dense, ReLU, Softmax, fuse
 
 
 def expected_gradients(model, x, target, unit):
@@ -86,7 +67,7 @@ def gradients(model, input, target, way):
 
 @pytest.mark.parametrize("way", ["cross_entropy", "logits", "probabilities"])
 @pytest.mark.parametrize(("widths", "samples"), TRAINED, ids=str)
-def test_gradients_are_right_within_rounding(widths, samples, way):
+def test_gradients_are_right_within_rounding(widths, samples, way, lively):
     model = lively(*widths)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,7 +86,7 @@ def test_gradients_are_right_within_rounding(widths, samples, way):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_of_half_types_are_rounded_once(dtype):
+def test_gradients_of_half_types_are_rounded_once(dtype, lively):
     model = lively(2, 64, 3, dtype=dtype)
     input = torch.randn(3000, 2).to(dtype).requires_grad_()
     target = torch.randint(3, (3000,))
@@ -118,7 +99,7 @@ def test_gradients_of_half_types_are_rounded_once(dtype):
         assert (np.abs(ours.double().numpy() - value) <= bound + rounding).all()
 
 
-def test_gradients_are_the_same_whatever_the_threads():
+def test_gradients_are_the_same_whatever_the_threads(lively):
     model, input = lively(2, 64, 3), torch.randn(30_001, 2).requires_grad_()
     target = torch.randint(3, (30_001,))
     threads = torch.get_num_threads()
@@ -134,7 +115,7 @@ def test_gradients_are_the_same_whatever_the_threads():
 
 
 @pytest.mark.parametrize("last", ["softmax", "relu", "relu and softmax"])
-def test_gradients_of_gradients(last):
+def test_gradients_of_gradients(last, lively):
     ends = {"softmax": [Softmax()], "relu": [ReLU()], "relu and softmax": [ReLU(), Softmax()]}
     model = lively(2, 5, 3)[:-1].extend(ends[last]).double()
     model[0].bias = None

@@ -9,54 +9,27 @@ import time
 
 import pytest
 import torch
-from torch import nn
 
-from torchnnfs import chain, classifier, fuse, fused, kernel
+from torchnnfs import fuse, kernel
 from torchnnfs.testing import assert_agrees
-
-
-def lively(*widths, dtype=torch.float32, **keywords):
-    """A network whose outputs differ from row to row."""
-    model = classifier(*widths, **keywords)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=1.0)
-    return model.to(dtype)
-
-
-@pytest.fixture
-def model():
-    return lively(2, 5, 3)
-
-
-@pytest.fixture
-def points():
-    return torch.randn(300, 2)
 
 
 @pytest.fixture
 def no_kernel(monkeypatch):
     """A C++ compiler that fails, and nothing that one compiled before."""
 
-    caches = kernel.kernel, kernel.warn, fused._compiled
+    caches = kernel.kernel, kernel.warn
 
     def forget():
         for cache in caches:
             cache.cache_clear()
         kernel.broken.clear()
-        chain.failures.clear()
 
     importlib.import_module("torch._inductor.config")  # torch.compile keeps the compiler it finds
     monkeypatch.setenv("CXX", "c++ -Dint=oops")
     forget()
     yield
     forget()
-
-
-def both(fused_model, input):
-    """What the fused model and its layers give, without gradients."""
-    with torch.no_grad():
-        return fused_model(input), nn.Sequential.forward(fused_model, input)
 
 
 def script(path, text):
@@ -85,7 +58,7 @@ COMPILERS = {
 
 @pytest.mark.parametrize("kind", COMPILERS)
 def test_without_a_kernel_there_is_one_warning(
-    no_kernel, model, points, kind, monkeypatch, tmp_path
+    no_kernel, model, points, kind, monkeypatch, tmp_path, lively, both
 ):
     text, warning = COMPILERS[kind]
     if text is not None:
@@ -102,7 +75,7 @@ def test_without_a_kernel_there_is_one_warning(
     assert time.monotonic() - start < 30
 
 
-def test_nothing_is_left_on_disk(no_kernel, points, monkeypatch, tmp_path):
+def test_nothing_is_left_on_disk(no_kernel, points, monkeypatch, tmp_path, lively, both):
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     both(fuse(lively(2, 5, 3)), points)
@@ -112,7 +85,7 @@ def test_nothing_is_left_on_disk(no_kernel, points, monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:fuse:RuntimeWarning")
-def test_then_torch_compile_computes_large_batches(no_kernel):
+def test_then_torch_compile_computes_large_batches(no_kernel, lively):
     model, input = lively(2, 5, 3), torch.randn(9000, 2)
     fused_model = fuse(model)
     with torch.no_grad():
@@ -122,11 +95,11 @@ def test_then_torch_compile_computes_large_batches(no_kernel):
     assert_agrees(model, input, candidates=["fused"])
 
 
-def test_and_where_that_fails_eager_torch(no_kernel, model, monkeypatch):
+def test_and_where_that_fails_eager_torch(no_kernel, model, monkeypatch, both):
     def fail(*arguments):
         raise RuntimeError("no compiler at all\nand more")
 
-    monkeypatch.setattr(fused, "_compiled", lambda chain: fail)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     input, fused_model = torch.randn(9000, 2), fuse(model)
     with pytest.warns(RuntimeWarning) as caught:
         got, expected = both(fused_model, input)

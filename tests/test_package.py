@@ -45,7 +45,6 @@ LAYERS = [
     "torchnnfs.testing.layers",
     "torchnnfs.testing.precision",
     "torchnnfs.fused",
-    "torchnnfs.chain",
     "torchnnfs.kernel",
     "torchnnfs.book",
     "torchnnfs.objects",

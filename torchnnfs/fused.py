@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Callable
-from operator import itemgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
@@ -14,22 +14,38 @@ from torch._C import _are_functorch_transforms_active  # which has no public nam
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
+from torch.nn.modules import module as hooks
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from torchnnfs.chain import AGAIN, PLAIN, Held, Structure, Way, failures, is_plain
-from torchnnfs.kernel import TYPES, WIDEST, Chain, Derived, chain, formula, mean_loss, memory, warn
-
-_hooks = itemgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+from torchnnfs.kernel import (
+    TYPES,
+    WIDEST,
+    Chain,
+    Derived,
+    Kernel,
+    chain,
+    kernel,
+    mean_loss,
+    memory,
+    warn,
 )
+from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
+
+AGAIN = "the model's layers are not those that fuse saw; call fuse(model) again"
+_KNOWN = (Dense, LazyDense, ReLU, Softmax, nn.Linear, nn.ReLU, nn.Softmax)
+_PLAIN = frozenset([Tensor, nn.Parameter])
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+
+class _Held(NamedTuple):
+    """Parameters as a call read them, in memory that this holds: an address there stays theirs."""
+
+    kernel: Kernel
+    tensors: list[Tensor]
+    places: bytes  # as the kernel gets them
+    slots: list[tuple[nn.Module, str, Tensor | None, int, torch.Size]]
+    values: list[Tensor]
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:
@@ -54,13 +70,112 @@ def _into(out: Tensor | None, result: Tensor) -> Tensor:
     return out.copy_(result)
 
 
-@functools.cache
-def _compiled(chain: Chain) -> Callable[..., Tensor]:
-    """What torch.compile makes of the formula, for any number of samples."""
-    compiled: Callable[..., Tensor] = torch.compile(
-        lambda input, *parameters: formula(input, parameters, *chain[1:]), dynamic=True
-    )
-    return compiled
+class _Structure:
+    """The layers of a model in the order of their calls, and where their parameters were last."""
+
+    def __init__(self, model: nn.Sequential) -> None:
+        named = [each for _, each in model.named_modules(remove_duplicate=False)]
+        # A LazyDense becomes a Dense by its first input.
+        kinds = [Dense if type(each) is LazyDense else type(each) for each in named]
+        self.model, self.parts = model, list(zip(named, kinds, strict=True))
+        inner = [each for each in named if type(each) is nn.Sequential]
+        self.sequences = [(each, [*each._modules.values()]) for each in inner]
+        self.layers = [each for each in named if type(each) is not nn.Sequential]
+        self.dense: list[nn.Linear] = []
+        self.relus: list[bool] = []
+        self.softmax: nn.Softmax | None = None
+        self.order = ""  # why a kernel cannot compute them in this order
+        self.shapes: list[Any] = []
+        self.held: dict[Any, _Held] = {}
+        for layer in self.layers:
+            if type(layer) not in _KNOWN:
+                raise TypeError(
+                    "fuse expects a torch.nn.Sequential of Dense, ReLU and Softmax (or torch's "
+                    f"Linear, ReLU and Softmax), got {type(layer).__name__}"
+                )
+            if self.softmax is not None or not (self.dense or isinstance(layer, nn.Linear)):
+                self.order = f"{type(layer).__name__} breaks the order Dense, ReLU, ..., Softmax"
+            elif isinstance(layer, nn.Linear):
+                self.dense.append(layer)
+                self.relus.append(False)
+            elif isinstance(layer, nn.Softmax):
+                self.softmax = layer
+            else:
+                self.relus[-1] = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "held": {}}
+
+    def why_not(self) -> str:
+        for module, kind in self.parts:
+            here = module.__dict__
+            if type(module) is not kind:
+                if type(module) is LazyDense:
+                    return "a LazyDense had no input yet"
+                return f"a {kind.__name__} became a {type(module).__name__}"
+            if (
+                here["_forward_hooks"]
+                or here["_forward_pre_hooks"]
+                or here["_backward_hooks"]
+                or here["_backward_pre_hooks"]
+                or "forward" in here
+            ):
+                return f"a {kind.__name__} has hooks or a forward of its own"
+        return self.order
+
+    def read(self, like: Tensor) -> _Held | str:
+        """The parameters as they are now, for an input of this type; or why the layers must."""
+        dtype = like.dtype
+        held = self.held.get((dtype, like.is_cpu))
+        if held is None:
+            return self.hold(like)
+        for layer, name, known, address, shape in held.slots:
+            tensor = layer._parameters.get(name, layer)
+            if tensor is not known or (
+                known is not None
+                and (
+                    known.data_ptr() != address
+                    or known.dtype is not dtype
+                    or known.shape != shape
+                    or not known.is_contiguous()
+                )
+            ):
+                return self.hold(like)
+        return held
+
+    def hold(self, like: Tensor) -> _Held | str:
+        names = [(layer, name) for layer in self.dense for name in ("weight", "bias")]
+        found: list[Any] = [layer._parameters.get(name, layer) for layer, name in names]
+        tensors = [each for each in found if each is not None]
+        if not _PLAIN.issuperset(map(type, tensors)):
+            return "a parameter is not a plain tensor, or is computed anew at each call"
+        shapes: list[Any] = [each if each is None else each.shape for each in found]
+        self.shapes = self.shapes or shapes
+        if shapes != self.shapes:
+            raise RuntimeError(AGAIN)
+        widths = (shapes[0][1], *(shape[0] for shape in shapes[::2]))
+        if any(shape[1] != width for shape, width in zip(shapes[::2], widths, strict=False)):
+            return "the widths of its layers do not fit"
+        biases = tuple(shape is not None for shape in shapes[1::2])
+        found_kernel = kernel(
+            Chain(widths, biases, tuple(self.relus), self.softmax is not None),
+            like.dtype,
+            like.is_cpu,
+        )
+        if found_kernel.library is None:
+            return _Held(found_kernel, tensors, b"", [], [])
+        values = [value for each in tensors if (value := memory(each)) is not None]
+        if [(v.dtype, v.shape, v.is_cpu, v.is_contiguous(), v.is_neg()) for v in values] != [
+            (like.dtype, each.shape, True, True, False) for each in tensors
+        ]:
+            return "a parameter is not contiguous memory of the input's dtype and device"
+        rest = iter(values)
+        places = [0 if each is None else next(rest).data_ptr() for each in found]
+        slots = [(*name, *each) for name, *each in zip(names, found, places, shapes, strict=True)]
+        self.held[like.dtype, like.is_cpu] = held = _Held(
+            found_kernel, tensors, struct.pack(f"{len(places)}q", *places), slots, values
+        )
+        return held
 
 
 class Fused(nn.Sequential):
@@ -74,30 +189,32 @@ class Fused(nn.Sequential):
 
     def _follow(self, model: nn.Sequential) -> None:
         self._modules = model._modules
-        self._model = [model]  # in a list, so that it is no submodule
-        self._structure = Structure(model)
-        self._ways: dict[Any, Way] = {}
+        self._structure = _Structure(model)
 
     @property
     def formulation(self) -> str:
         """How it is computed: "kernel", "torch.compile" or "eager", and why not the first."""
-        if self._structure.is_changed():
-            return f"none, since {AGAIN}"
-        reason = self._why_not(None) or self._reason
-        if not reason:
-            way = self._way(self._structure.dense[0].weight)
-            if way.kernel is not None:
-                return "kernel"
-            if way.compiled < math.inf:
-                return f"torch.compile, since {way.reason}"
-            reason = way.reason
-        return f"eager, since {reason}"
+        structure = self._structure
+        try:
+            reason = self._why_not(None) or self._reason
+            held = reason or structure.hold(structure.dense[0].weight)
+        except RuntimeError as error:
+            return f"none, since {error}"
+        if isinstance(held, str):
+            return f"eager, since {held}"
+        if held.kernel.library is not None:
+            return "kernel"
+        way = "torch.compile" if held.kernel.least < math.inf else "eager"
+        return f"{way}, since {held.kernel.reason}"
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"formulation: {self.formulation}"
 
     def _why_not(self, input: Any) -> str:
         """Why the layers must compute, whatever the numbers are; "" if they need not."""
+        for sequence, layers in self._structure.sequences:
+            if [*sequence._modules.values()] != layers:
+                raise RuntimeError(AGAIN)
         if is_in_torch_dispatch_mode() or has_torch_function((input,)):
             return "a mode or a subclass of torch's takes part"
         if is_autocast_enabled("cpu"):
@@ -107,90 +224,73 @@ class Fused(nn.Sequential):
         if _is_tracing() or forward_ad._current_level >= 0:
             return "torch.jit.trace or forward-mode differentiation follows each layer"
         if (
-            _global_forward_hooks
-            or _global_forward_pre_hooks
-            or _global_backward_hooks
-            or _global_backward_pre_hooks
+            hooks._global_forward_hooks
+            or hooks._global_forward_pre_hooks
+            or hooks._global_backward_hooks
+            or hooks._global_backward_pre_hooks
         ):
             return "a hook is registered for all modules"
         return self._structure.why_not()
 
-    def _way(self, tensor: Tensor) -> Way:
-        way = self._ways[tensor.dtype, tensor.is_cpu] = Way(
-            self._structure, tensor.dtype, tensor.is_cpu
+    def _prepare(self, input: Any) -> tuple[_Held, Tensor, int] | None:
+        """What to compute, on what and how many samples; None if the layers must do it."""
+        self.__dict__["_reason"] = ""
+        if self._why_not(input):
+            return None
+        reason, softmax = "", self._structure.softmax
+        held = (
+            self._structure.read(input) if type(input) in _PLAIN else "the input is no plain tensor"
         )
-        return way
-
-    def _prepare(self, input: Any) -> tuple[Way, Tensor, int, Held] | str:
-        """What to compute, on what and how many samples; or why the layers must do it."""
-        structure = self._structure
-        for sequence, layers in structure.sequences:
-            if [*sequence._modules.values()] != layers:
-                raise RuntimeError(AGAIN)
-        reason = self._why_not(input)
-        if reason:
-            return reason
-        if type(input) not in PLAIN:
-            return f"the input is a {type(input).__name__}"
-        way = self._ways.get((input.dtype, input.is_cpu)) or self._way(input)
-        x, softmax = memory(input), structure.softmax
-        if x is None:
-            return "the input is empty or has no memory of its own"
-        shape = x.shape
-        if not shape or shape[-1] != way.inputs:
-            return "the input is not what the layers expect"
-        if softmax is not None and softmax.dim != -1 and softmax.dim != len(shape) - 1:
-            return "the softmax is along another dimension than the last"
-        samples = x.numel() // way.inputs
-        if samples < way.least:
-            return way.reason or "the samples are too few"
-        held = way.read()
+        x = None if isinstance(held, str) else memory(input)
         if isinstance(held, str):
-            return held
-        if way.kernel is not None and (not x.is_contiguous() or x.is_neg()):
-            x = x.resolve_neg().contiguous()
-        return way, x, samples, held
+            reason = held
+        elif x is None:
+            reason = "the input is empty or has no memory of its own"
+        else:
+            shape, inputs = x.shape, held.kernel.chain.widths[0]
+            if not shape or shape[-1] != inputs:
+                reason = "the input is not what the layers expect"
+            elif softmax is not None and softmax.dim != -1 and softmax.dim != len(shape) - 1:
+                reason = "the softmax is along another dimension than the last"
+            else:
+                samples = x.numel() // inputs
+                if samples >= held.kernel.least:
+                    if not x.is_contiguous() or x.is_neg():
+                        x = x.resolve_neg().contiguous()
+                    return held, x, samples
+                reason = held.kernel.reason or "the samples are too few"
+        self.__dict__["_reason"] = reason
+        return None
 
     def forward(self, input: Tensor, out: Tensor | None = None) -> Tensor:  # noqa: D102
         if is_compiling():
             traced = self._traced(input, self._structure.softmax is not None)
             return _into(out, self._eager(input) if traced is None else traced)
         found = self._prepare(input)
-        if isinstance(found, str):
-            self.__dict__["_reason"] = "" if self._why_not(input) else found
+        if found is None:
             return _into(out, self._eager(input))
-        self.__dict__["_reason"] = ""
-        way, x, samples, held = found
-        if way.kernel is None:
-            return _into(out, self._compile(way, input, held.tensors))
+        held, x, samples = found
+        kernel = held.kernel
+        if kernel.library is None:
+            return _into(out, self._compiled(kernel, input, held.tensors))
+        shape = (*x.shape[:-1], kernel.chain.widths[-1])
         derived = is_grad_enabled() and any(t.requires_grad for t in (input, *held.tensors))
-        place = None if out is None or derived else self._place(out, way, x)
-        if place is not None:
-            increment_version(
-                cast(Tensor, out)
-            )  # autograd is to know that what it may have saved is gone
-            if way.kernel.forward(samples, x, held.places, place):
-                return cast(Tensor, out)
-        if x.ndim == 2:  # which saves half a microsecond
-            result = x.new_empty(samples, way.outputs)
-        else:
-            result = x.new_empty(*x.shape[:-1], way.outputs)
-        way.kernel.forward(samples, x, held.places, result)
+        if (
+            type(out) is Tensor
+            and (out.dtype, out.shape, out.device) == (x.dtype, shape, x.device)
+            and out.is_contiguous()
+            and not (derived or out.is_neg() or out.requires_grad or out.is_inference())
+            and (place := memory(out)) is not None
+        ):
+            increment_version(out)  # autograd is to know that what it may have saved is gone
+            if kernel.forward(samples, x, held.places, place):
+                return out
+        result = x.new_empty(shape)
+        kernel.forward(samples, x, held.places, result)
         if derived:
-            given = result, None, None, (way.kernel, samples, x, held.places, held)
+            given = result, None, None, (kernel, samples, x, held.places, held)
             result = Derived.apply(given, input, *held.tensors)  # type: ignore[no-untyped-call]
         return result if out is None else _into(out, result)
-
-    def _place(self, out: Any, way: Way, x: Tensor) -> Tensor | None:
-        """The memory of `out`, if a kernel can write there unasked."""
-        fits = (
-            type(out) is Tensor
-            and out.dtype == x.dtype
-            and out.shape == (*x.shape[:-1], way.outputs)
-            and is_plain(out)
-            and not (out.requires_grad or out.is_inference())
-        )
-        return memory(out) if fits else None
 
     def cross_entropy(self, input: Tensor, target: Tensor) -> Tensor:
         r"""Mean cross-entropy of the chain's output, with all gradients from one pass.
@@ -237,70 +337,68 @@ class Fused(nn.Sequential):
             layers.append(last)
         elif last.dim not in (-1, input.ndim - 1):
             raise ValueError(f"cross_entropy expects a softmax along the classes, got {last}")
-        if is_compiling():
-            logits = self._traced(input, False)
-        else:
-            logits, found, classes = None, self._prepare(input), memory(target)
-            classes = None if classes is None else classes.contiguous()
-            self.__dict__["_reason"] = (
-                found if isinstance(found, str) and not self._why_not(input) else ""
-            )
-            if not isinstance(found, str) and target.is_cpu and classes is not None:
-                way, x, samples, held = found
-                inputs, grad = [input, *held.tensors], is_grad_enabled()
-                wanted = [each if grad and each.requires_grad else None for each in inputs]
-                given = way.kernel and way.kernel.gradients(
-                    samples, x, held.places, wanted, target=classes
-                )
-                if given:
-                    if all(each is None for each in wanted):
-                        return given[0]
-                    call = way.kernel, samples, x, held.places, held
-                    result = given[0], classes, given[1], call
-                    return cast(Tensor, Derived.apply(result, *inputs))  # type: ignore[no-untyped-call]
+        logits = self._traced(input, False) if is_compiling() else None
+        found = None if is_compiling() else self._prepare(input)
+        if found and found[0].kernel.library and (classes := memory(target)) is not None:
+            held, x, samples = found
+            classes, inputs = classes.cpu().contiguous(), [input, *held.tensors]
+            grad = is_grad_enabled()
+            wanted = [each if grad and each.requires_grad else None for each in inputs]
+            given = held.kernel.gradients(samples, x, held.places, wanted, target=classes)
+            if given:
+                if all(each is None for each in wanted):
+                    return given[0]
+                call = held.kernel, samples, x, held.places, held
+                result = given[0], classes, given[1], call
+                return cast(Tensor, Derived.apply(result, *inputs))  # type: ignore[no-untyped-call]
         if logits is None:
             logits = functools.reduce(lambda x, layer: layer(x), layers, input)
         return mean_loss(logits, target)
 
     def _eager(self, input: Tensor) -> Tensor:
-        model = self._model[0]
+        here = self._structure.model.__dict__
         # Else the layers are called: the model is no submodule of this, which tracing expects.
-        is_special = any(_hooks(model.__dict__)) or "forward" in model.__dict__
-        output: Tensor = model(input) if is_special else super().forward(input)  # type: ignore[no-untyped-call]
-        return output
+        if (
+            here["_forward_hooks"]
+            or here["_forward_pre_hooks"]
+            or here["_backward_hooks"]
+            or here["_backward_pre_hooks"]
+            or "forward" in here
+        ):
+            return cast(Tensor, self._structure.model(input))
+        return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _compile(self, way: Way, input: Tensor, tensors: list[Tensor]) -> Tensor:
+    def _compiled(self, kernel: Kernel, input: Tensor, tensors: list[Tensor]) -> Tensor:
         try:
-            return _compiled(way.chain)(input, *tensors)
+            return kernel.compiled(input, *tensors)
         except RuntimeError as error:
             result = self._eager(input)  # if this fails too, it was the input
-            failures[way.chain] = str(error).strip().partition("\n")[0]
-            self._ways.clear()
-            warn(f"torch.compile failed, eager torch is used: {failures[way.chain]}")
+            kernel.reason, kernel.least = str(error).strip().partition("\n")[0], math.inf
+            warn(f"torch.compile failed, eager torch is used: {kernel.reason}")
             return result
 
     def _traced(self, input: Tensor, softmax: bool) -> Tensor | None:
         """For torch.compile and torch.export: one operation; None for what they fuse themselves."""
-        structure = self._structure
-        if structure.why_not():
-            return None
-        (widths, biases, relus, _), first = structure.chain(), structure.dense[0].weight
         if (
-            not first.is_cpu
-            or first.dtype not in TYPES
-            or max(widths) > WIDEST
+            self._structure.why_not()
             or is_autocast_enabled("cpu")
             or torch.onnx.is_in_onnx_export()
-            or (structure.softmax is not None and structure.softmax.dim not in (-1, input.ndim - 1))
         ):
             return None
-        pairs = [each for layer in structure.dense for each in (layer.weight, layer.bias)]
-        there = [each for each in pairs if each is not None]
-        output: Tensor = chain(input, there, list(biases), list(relus), softmax)
+        parameters = [
+            each for layer in self._structure.dense for each in (layer.weight, layer.bias)
+        ]
+        there = [each for each in parameters if each is not None]
+        widest = max(size for each in there for size in each.shape)
+        fits = self._structure.softmax is None or self._structure.softmax.dim in (
+            -1,
+            input.ndim - 1,
+        )
+        if not fits or not there[0].is_cpu or there[0].dtype not in TYPES or widest > WIDEST:
+            return None
+        biases = [each is not None for each in parameters[1::2]]
+        output: Tensor = chain(input, there, biases, list(self._structure.relus), softmax)
         return output
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_ways": {}}
 
 
 def fuse(model: nn.Module) -> Fused:
@@ -355,7 +453,7 @@ def fuse(model: nn.Module) -> Fused:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse expects a torch.nn.Sequential, got {type(model).__name__}")
     if isinstance(model, Fused):
-        model = model._model[0]
+        model = model._structure.model
     fused = Fused()
     fused._follow(model if isinstance(model, nn.Sequential) else nn.Sequential(model))
     fused.training = model.training

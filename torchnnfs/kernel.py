@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ import struct
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -33,6 +34,7 @@ COMPILE_SECONDS = 60.0
 # Where one way becomes faster than another, measured (docs/speed.md).
 WIDEST = 256  # what wider layers need of a tile leaves the cache, and eager torch is faster
 TILE, HEAVY = 64, 2**15  # a part of a tile costs as much as a tile: so many products are too many
+COMPILED = 8000  # on a CPU, with fewer samples a call of what torch.compile made costs too much
 
 #: C++ compilers that were given up, and why.
 broken: dict[str, str] = {}
@@ -48,17 +50,38 @@ class Chain(NamedTuple):
 
 
 class Kernel:
-    """The functions of fused.cpp, compiled for one chain.
+    """The functions of fused.cpp compiled for one chain and dtype, or the reason for none.
 
-    Of parameters it gets the addresses; whoever calls it holds the memory there.
+    Of parameters they get the addresses; whoever calls them holds the memory there.
     """
 
-    def __init__(self, chain: Chain, library: ctypes.CDLL) -> None:
-        self.chain, self._forward, self._gradients = chain, library.forward, library.gradients
-        self._forward.argtypes = self._gradients.argtypes = [ctypes.c_char_p]
+    library: ctypes.CDLL | None = None
+    reason, least = "", math.inf  # from so many samples on it, or torch.compile, pays
+
+    def __init__(self, chain: Chain, dtype: torch.dtype, is_cpu: bool) -> None:
+        self.chain, compiler = chain, os.environ.get("CXX", "c++")
         self._there = [there for bias in chain.biases for there in (True, bias)]
-        products = sum(a * b for a, b in itertools.pairwise(chain.widths))
-        self.least = TILE if products > HEAVY else 1
+        if not is_cpu:
+            self.reason, self.least = "it is not on the CPU", 0
+        elif dtype not in TYPES or max(chain.widths) > WIDEST:
+            self.reason = f"it is wider than {WIDEST}, or of {dtype}"
+        elif compiler not in broken:
+            try:
+                self.library = _compile(chain, dtype, compiler)
+                self._forward, self._gradients = self.library.forward, self.library.gradients
+                self._forward.argtypes = self._gradients.argtypes = [ctypes.c_char_p]
+                products = sum(a * b for a, b in itertools.pairwise(chain.widths))
+                self.least = TILE if products > HEAVY else 1
+            except subprocess.TimeoutExpired:
+                broken[compiler] = f"{compiler!r} took longer than {COMPILE_SECONDS:g} seconds"
+            except FileNotFoundError:
+                broken[compiler] = f"there is no C++ compiler {compiler!r}"
+            except (OSError, ValueError) as error:
+                self.reason, self.least = str(error), COMPILED
+                warn(f"{error}; torch.compile or eager torch takes the kernel's place")
+        if not self.reason and self.library is None:
+            self.reason = broken[compiler]
+            warn(f"{self.reason}; eager torch is used. The variable CXX names a C++ compiler")
 
     def places(self, parameters: Sequence[Tensor | None]) -> bytes:
         """The address of weight and bias of each layer; 0 where there is none."""
@@ -91,7 +114,14 @@ class Kernel:
         told = struct.pack("7q", samples, get_num_threads(), *ends) + places + self.places(rest)
         return None if self._gradients(told) else (loss, found)
 
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Tensor]:
+        """What torch.compile makes of the formula, for any number of samples."""
+        options = self.chain[1:]
+        return torch.compile(lambda x, *p: formula(x, p, *options), dynamic=True)
 
+
+kernel = functools.cache(Kernel)
 _pack4 = struct.Struct("4q").pack
 
 
@@ -101,29 +131,10 @@ def warn(text: str) -> None:
     warnings.warn(f"fuse: {text}", RuntimeWarning, stacklevel=2)
 
 
-@functools.cache
-def kernel(chain: Chain, dtype: torch.dtype) -> Kernel | str:
-    """The kernel of a chain, or why there is none, after a warning."""
-    compiler = os.environ.get("CXX", "c++")
-    if compiler not in broken:
-        try:
-            return _compile(chain, dtype, compiler)
-        except subprocess.TimeoutExpired:
-            broken[compiler] = f"{compiler!r} took longer than {COMPILE_SECONDS:g} seconds"
-        except FileNotFoundError:
-            broken[compiler] = f"there is no C++ compiler {compiler!r}"
-        except (OSError, ValueError) as error:
-            warn(f"{error}; torch.compile or eager torch takes the kernel's place")
-            return str(error)
-    warn(f"{broken[compiler]}; eager torch is used. The variable CXX names a C++ compiler")
-    return broken[compiler]
-
-
-def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> Kernel:
-    scalar, real = TYPES[dtype]
+def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> ctypes.CDLL:
     lists = {"WIDTHS": chain.widths, "BIASES": chain.biases, "RELUS": chain.relus}
     told = {name: ",".join(str(int(each)) for each in values) for name, values in lists.items()}
-    told |= {"SOFTMAX": str(int(chain.softmax)), "SCALAR": scalar, "REAL": real}
+    told["SOFTMAX"], (told["SCALAR"], told["REAL"]) = str(int(chain.softmax)), TYPES[dtype]
     command = shlex.split(compiler)
     if not command:
         raise FileNotFoundError
@@ -132,15 +143,12 @@ def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> Kernel:
     source = files("torchnnfs").joinpath("fused.cpp")
     with tempfile.TemporaryDirectory(prefix="torchnnfs-") as scratch, as_file(source) as path:
         made, errors = Path(scratch, "kernel.so"), Path(scratch, "errors")
+        command += [str(path), "-o", str(made)]
         # A file instead of a pipe, and a group of its own: when the time is up, nothing is left
         # running or waited for. A library that is loaded needs its file no longer.
         with errors.open("wb") as said:
             process = subprocess.Popen(
-                [*command, str(path), "-o", str(made)],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
             )
             try:
                 failed = process.wait(COMPILE_SECONDS)
@@ -153,9 +161,11 @@ def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> Kernel:
             why = next((line for line in lines if "error" in line), f"exit status {failed}")
             raise ValueError(f"the C++ compiler failed ({why})")
         try:
-            return Kernel(chain, ctypes.CDLL(str(made)))
+            library = ctypes.CDLL(str(made))
+            library.forward, library.gradients  # noqa: B018
         except (OSError, AttributeError) as error:
             raise ValueError(f"{compiler!r} made no library with a kernel in it") from error
+        return library
 
 
 def formula(input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Tensor:
@@ -177,16 +187,17 @@ def chain(
     softmax: bool,
 ) -> Tensor:
     """The chain as one operation of torch's, which compile, export, autograd and vmap see."""
-    if input.device.type == "cpu" and input.dtype in TYPES and input.numel():
-        x, values = input.contiguous(), [each.contiguous() for each in parameters]
-        weights = [each for each in values if each.ndim == 2]
-        widths = (weights[0].shape[1], *map(len, weights))
-        found = kernel(Chain(widths, tuple(biases), tuple(relus), softmax), input.dtype)
-        if isinstance(found, Kernel):
-            out = input.new_empty(*input.shape[:-1], widths[-1])
-            found.forward(x.numel() // widths[0], x, found.places(values), out)
-            return out
-    return formula(input, parameters, biases, relus, softmax)
+    x, values = input.contiguous(), [each.contiguous() for each in parameters]
+    weights = [each for each in values if each.ndim == 2]
+    widths = (weights[0].shape[1], *map(len, weights))
+    found = kernel(
+        Chain(widths, tuple(biases), tuple(relus), softmax), input.dtype, input.device.type == "cpu"
+    )
+    if found.library is None or not input.numel():
+        return formula(input, parameters, biases, relus, softmax)
+    out = input.new_empty(*input.shape[:-1], widths[-1])
+    found.forward(x.numel() // widths[0], x, found.places(values), out)
+    return out
 
 
 @chain.register_fake
@@ -211,22 +222,10 @@ chain.register_autograd(_backward, setup_context=_setup_context)
 
 @chain.register_vmap
 def _(info: Any, dims: Any, input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Any:
-    def first(tensor: Tensor, dim: int | None) -> Tensor:
-        size = info.batch_size
-        return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-    x = first(input, dims[0])
     if all(dim is None for dim in dims[1]):  # samples in one dimension more
-        return chain(x, parameters, *options), 0
-    rest = iter([first(each, dim) for each, dim in zip(parameters, dims[1], strict=True)])
-    biases, relus, softmax = options
-    value = x.reshape(info.batch_size, -1, x.shape[-1])
-    for bias, relu in zip(biases, relus, strict=True):
-        value = value @ next(rest).mT
-        value = value + next(rest).unsqueeze(1) if bias else value
-        value = value.relu() if relu else value
-    value = value.softmax(-1) if softmax else value
-    return value.reshape(*x.shape[:-1], value.shape[-1]), 0
+        return chain(input.movedim(dims[0], 0), parameters, *options), 0
+    mapped = torch.vmap(lambda x, *p: formula(x, p, *options), (dims[0], *dims[1]))
+    return mapped(input, *parameters), 0
 
 
 class Derived(torch.autograd.Function):
