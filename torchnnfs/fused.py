@@ -25,6 +25,7 @@ from torchnnfs.kernel import (
     Derived,
     Kernel,
     chain,
+    into,
     kernel,
     mean_loss,
     memory,
@@ -46,28 +47,6 @@ class _Held(NamedTuple):
     places: bytes  # as the kernel gets them
     slots: list[tuple[nn.Module, str, Tensor | None, int, torch.Size]]
     values: list[Tensor]
-
-
-def _into(out: Tensor | None, result: Tensor) -> Tensor:
-    """`result`, copied to `out` where one was given."""
-    if out is None:
-        return result
-    if not isinstance(out, Tensor):
-        raise TypeError(f"fused(input, out=...) expects a torch.Tensor, got {type(out).__name__}")
-    if is_grad_enabled() and (result.requires_grad or out.requires_grad):
-        raise RuntimeError(
-            "fused(input, out=...) does not support automatic differentiation, and an argument or "
-            "a parameter requires grad; call it under torch.no_grad()"
-        )
-    if out.numel() == 0:
-        out.resize_(result.shape)  # as torch's own functions do
-    expected, got = (
-        f"an out of shape {tuple(each.shape)} and {each.dtype} on {each.device}"
-        for each in (result, out)
-    )
-    if expected != got:
-        raise ValueError(f"fused(input, out=...) expects {expected}, got {got}")
-    return out.copy_(result)
 
 
 class _Structure:
@@ -265,14 +244,14 @@ class Fused(nn.Sequential):
     def forward(self, input: Tensor, out: Tensor | None = None) -> Tensor:  # noqa: D102
         if is_compiling():
             traced = self._traced(input, self._structure.softmax is not None)
-            return _into(out, self._eager(input) if traced is None else traced)
+            return into(out, self._eager(input) if traced is None else traced)
         found = self._prepare(input)
         if found is None:
-            return _into(out, self._eager(input))
+            return into(out, self._eager(input))
         held, x, samples = found
         kernel = held.kernel
         if kernel.library is None:
-            return _into(out, self._compiled(kernel, input, held.tensors))
+            return into(out, self._compiled(kernel, input, held.tensors))
         shape = (*x.shape[:-1], kernel.chain.widths[-1])
         derived = is_grad_enabled() and any(t.requires_grad for t in (input, *held.tensors))
         if (
@@ -290,7 +269,7 @@ class Fused(nn.Sequential):
         if derived:
             given = result, None, None, (kernel, samples, x, held.places, held)
             result = Derived.apply(given, input, *held.tensors)  # type: ignore[no-untyped-call]
-        return result if out is None else _into(out, result)
+        return result if out is None else into(out, result)
 
     def cross_entropy(self, input: Tensor, target: Tensor) -> Tensor:
         r"""Mean cross-entropy of the chain's output, with all gradients from one pass.

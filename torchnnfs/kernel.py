@@ -224,8 +224,18 @@ chain.register_autograd(_backward, setup_context=_setup_context)
 def _(info: Any, dims: Any, input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Any:
     if all(dim is None for dim in dims[1]):  # samples in one dimension more
         return chain(input.movedim(dims[0], 0), parameters, *options), 0
-    mapped = torch.vmap(lambda x, *p: formula(x, p, *options), (dims[0], *dims[1]))
-    return mapped(input, *parameters), 0
+
+    def at(i: int, tensor: Tensor, dim: int | None) -> Tensor:
+        return tensor if dim is None else tensor.select(dim, i)
+
+    networks = [
+        [at(i, *each) for each in zip(parameters, dims[1], strict=True)]
+        for i in range(info.batch_size)
+    ]
+    outputs = [
+        chain(at(i, input, dims[0]), network, *options) for i, network in enumerate(networks)
+    ]
+    return torch.stack(outputs), 0
 
 
 class Derived(torch.autograd.Function):
@@ -267,6 +277,28 @@ def mean_loss(output: Tensor, target: Tensor | None) -> Tensor:
     if target is None:
         return output
     return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
+
+
+def into(out: Tensor | None, result: Tensor) -> Tensor:
+    """`result`, copied to `out` where one was given."""
+    if out is None:
+        return result
+    if not isinstance(out, Tensor):
+        raise TypeError(f"fused(input, out=...) expects a torch.Tensor, got {type(out).__name__}")
+    if is_grad_enabled() and (result.requires_grad or out.requires_grad):
+        raise RuntimeError(
+            "fused(input, out=...) does not support automatic differentiation, and an argument or "
+            "a parameter requires grad; call it under torch.no_grad()"
+        )
+    if out.numel() == 0:
+        out.resize_(result.shape)  # as torch's own functions do
+    expected, got = (
+        f"an out of shape {tuple(each.shape)} and {each.dtype} on {each.device}"
+        for each in (result, out)
+    )
+    if expected != got:
+        raise ValueError(f"fused(input, out=...) expects {expected}, got {got}")
+    return out.copy_(result)
 
 
 def memory(tensor: Tensor) -> Tensor | None:
