@@ -252,11 +252,11 @@ class Fused(nn.Sequential):
         kernel = held.kernel
         if kernel.library is None:
             return into(out, self._compiled(kernel, input, held.tensors))
-        shape = (*x.shape[:-1], kernel.chain.widths[-1])
+        outputs = kernel.chain.widths[-1]
         derived = is_grad_enabled() and any(t.requires_grad for t in (input, *held.tensors))
         if (
             type(out) is Tensor
-            and (out.dtype, out.shape, out.device) == (x.dtype, shape, x.device)
+            and (out.dtype, out.shape, out.device) == (x.dtype, (*x.shape[:-1], outputs), x.device)
             and out.is_contiguous()
             and not (derived or out.is_neg() or out.requires_grad or out.is_inference())
             and (place := memory(out)) is not None
@@ -264,7 +264,10 @@ class Fused(nn.Sequential):
             increment_version(out)  # autograd is to know that what it may have saved is gone
             if kernel.forward(samples, x, held.places, place):
                 return out
-        result = x.new_empty(shape)
+        if x.ndim == 2:  # which saves half a microsecond
+            result = x.new_empty(samples, outputs)
+        else:
+            result = x.new_empty(*x.shape[:-1], outputs)
         kernel.forward(samples, x, held.places, result)
         if derived:
             given = result, None, None, (kernel, samples, x, held.places, held)
