@@ -16,8 +16,14 @@ from torchnnfs.testing.precision import Array, Precision
 #: From a layer's input to its output: ``forward(x, **arguments)``.
 Forward = Callable[..., Array]
 
+#: A formula that is wrong, or None where these arguments cannot be broken in this way.
+Wrong = Callable[..., Array | None]
+
 #: Exact gradients and how far computed ones may stray: by "input", "weight", "bias".
 Gradients = dict[str, tuple[Array, Array]]
+
+#: A parameter that may be left out.
+Maybe = Array | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +36,11 @@ class Layer:
         name: of the formula, for people.
         forward: ``forward(x, **arguments)``: the formula, in the precision of its arrays.
         bound: ``bound(x, error, precision, **arguments)``: how far a computed output may stray from
-            ``forward(x)`` when the input has the elementwise absolute error `error`. What is summed
-            in which order, with or without fused multiply-add, makes no difference. None where no
-            proof is at hand: then it is estimated.
+            ``forward(x)`` when the input has the elementwise absolute error `error`, whatever the
+            order of sums and with or without fused multiply-add. None: it is estimated.
         backward: ``backward(x, y, g, precision, **arguments)``: the gradients of the loss from the
             layer's input x, its computed output y and the gradient g that reaches y.
-        controls: formulas that are wrong, by what is wrong: ``wrong(x, **arguments)``. None as a
-            result: these arguments cannot be broken in this way.
+        controls: formulas that are wrong, by what is wrong: ``wrong(x, **arguments)``.
         honest: ``honest(x, precision, **arguments)``: errors of plain computations in that
             precision, for the excess; None where correct computations vary too much for it.
         eval_only: whether the formula is that of eval mode alone.
@@ -46,19 +50,20 @@ class Layer:
     forward: Forward
     bound: Callable[..., Array] | None = None
     backward: Callable[..., Gradients] | None = None
-    controls: Mapping[str, Callable[..., Array | None]] = field(default_factory=dict)
+    controls: Mapping[str, Wrong] = field(default_factory=dict)
     honest: Callable[..., Array] | None = None
     eval_only: bool = False
 
 
-def finished(y: Array, bound: Array, error: Array, precision: Precision) -> Array:
+def finished(y: Array, bound: Array, largest: Array, precision: Precision) -> Array:
     """`bound`, and what the last step does: flush to zero, round to the type that is stored.
 
-    Infinite where nothing is proven: the arithmetic may overflow, or the input had no bound.
+    Infinite where nothing is proven: the arithmetic may overflow, in what is `largest` on the way
+    to y or in y itself, or the input had no bound.
     """
     bound = precision.stored(y, bound + precision.tiny)
     # What is not a number compares as false.
-    return np.where(np.abs(y) + bound + error < precision.overflow, bound, np.inf)
+    return np.where(np.abs(y) + bound + largest < precision.overflow, bound, np.inf)
 
 
 def gradient(exact: Array, bound: Array, precision: Precision) -> tuple[Array, Array]:

@@ -46,7 +46,7 @@ def dense_bound(
     n = 1 + int(np.max(np.count_nonzero(size, axis=0), initial=0))
     bound *= precision.gamma(n)
     bound += carried
-    flushed = np.sum(size, axis=0) + np.sum(np.abs(x), axis=-1, keepdims=True)
+    flushed = np.sum(size, axis=0) + np.abs(x) @ np.ones((len(size), 1))
     bound += precision.tiny * (flushed + n + 1)
     if precision.stored_unit:
         product = dense(x, weight)
@@ -136,18 +136,16 @@ def _patches(
 ) -> Array:
     """What each output of a convolution sees of x: (..., *positions, channels and their window)."""
     kernel, channels = weight.shape[2:], 1 - weight.ndim
+    reach = [step * (k - 1) for step, k in zip(dilation, kernel, strict=True)]
     if padding == "same":
-        total = [step * (k - 1) for step, k in zip(dilation, kernel, strict=True)]
-        pads = [(size // 2, size - size // 2) for size in total]
+        pads = [(size // 2, size - size // 2) for size in reach]
     else:
         sizes: Any = (0,) * len(kernel) if padding == "valid" else padding
         pads = [(size, size) for size in sizes]
-    mode: Any = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}
-    mode = mode.get(padding_mode, padding_mode)
-    padded = np.pad(x, [(0, 0)] * (x.ndim - len(kernel)) + pads, mode=mode)
-    view = windows(padded, kernel, stride, dilation)
-    view = np.moveaxis(view, channels - len(kernel), channels)
-    return view.reshape(*view.shape[:channels], -1)
+    modes = {"zeros": "constant", "replicate": "edge", "circular": "wrap", "reflect": "reflect"}
+    view = windows(x, kernel, stride, dilation, pads, mode=modes[padding_mode])
+    view = np.moveaxis(view, channels - 1, -2)
+    return view.reshape(*view.shape[:-2], -1)
 
 
 def _matrix(weight: Array, groups: int) -> Array:

@@ -1,6 +1,6 @@
 """Layers that treat each number by itself.
 
-Each bound has two parts: how far the error that came in can move the function, and what the
+Each bound has two parts: how far the error that came in moves the function, and what the
 computation rounds, at the input that it really had. If f is monotone between its turning points,
 the first part is exact: the largest change is at an end of the interval from x - e to x + e or at a
 turning point in it; that of a convex f is at an end. For the second part a concave f with f(0) = 0
@@ -14,51 +14,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Layer, finished, gradient
+from torchnnfs.testing.layers import Forward, Gradients, Layer, finished, gradient
 from torchnnfs.testing.precision import EXP_ULP, Array, Precision
 
 _EXP = 2 * EXP_ULP  # in units roundoff
 
 
-def moved(forward: Callable[[Array], Array], x: Array, error: Array, *turns: float) -> Array:
-    """The largest change of `forward` within `error`: monotone between its `turns`, or convex."""
-    low, high, y = x - error, x + error, forward(x)
-    values = [forward(low), forward(high), *(forward(np.clip(t, low, high)) for t in turns)]
-    farthest: Array = np.max([np.abs(value - y) for value in values], axis=0)
-    # These differences round in float64.
-    farthest += (error > 0) * 2.0**-51 * np.max(np.abs([y, *values]), axis=0)
-    return np.where(np.isnan(farthest), np.inf, farthest)
+def pointwise(
+    name: str,
+    forward: Forward,
+    slope: Callable[..., tuple[Any, Any]],
+    rounds: Callable[..., Array] | None = None,
+    turns: Callable[..., tuple[float, ...]] = lambda **arguments: (),
+    **others: Any,
+) -> Layer:
+    """The layer of a function that is convex, or monotone between its `turns`.
 
+    ``slope(x, y, precision, **arguments)`` gives the derivative, and the error of ``g`` times a
+    computed one in units of g; ``rounds(x, error, precision, **arguments)`` what the computation
+    rounds. None: nothing, and what is tiny may be flushed to zero.
+    """
 
-def passed_on_bound(x: Array, error: Array, precision: Precision) -> Array:
-    """``e``: no number rounds, and none moves farther. What is tiny may be flushed to zero."""
-    return error + precision.tiny
+    def bound(x: Array, error: Array, precision: Precision, **arguments: Any) -> Array:
+        y = forward(x, **arguments)
+        # Where nothing came in nothing moves, and half of the chains are asked this way.
+        change = np.where(np.isfinite(y), 0.0, np.inf)
+        if error.any():
+            low, high = x - error, x + error
+            ends = [low, high, *(np.clip(t, low, high) for t in turns(**arguments))]
+            values = [forward(end, **arguments) for end in ends]
+            change = np.max(np.abs(values - y), axis=0)
+            # These differences round in float64.
+            change += (error > 0) * 2.0**-51 * np.max(np.abs([y, *values]), axis=0)
+            change = np.where(np.isnan(change), np.inf, change)
+        if rounds is None:
+            return change + precision.tiny
+        change = change + rounds(x, error, precision, **arguments)
+        return finished(y, change, error, precision)
 
+    def backward(x: Array, y: Array, g: Array, precision: Precision, **arguments: Any) -> Gradients:
+        factor, wrong = slope(x, y, precision, **arguments)
+        exact = np.where(factor == 0, 0.0, factor * g)
+        if rounds is None:
+            return {"input": (exact, np.full(exact.shape, precision.tiny))}
+        # One product may be stored, or flushed to zero, before the last.
+        wrong = np.abs(g) * wrong + precision.tiny + precision.stored_tiny
+        return {"input": gradient(exact, wrong, precision)}
 
-def passed_on_backward(
-    x: Array, y: Array, g: Array, precision: Precision, **arguments: Any
-) -> Gradients:
-    """``dL/dx = g``, in the shape of x."""
-    return {"input": (g.reshape(x.shape), np.full(x.shape, precision.tiny))}
-
-
-def relu(x: Array) -> Array:
-    """``y = max(0, x)``."""
-    return np.maximum(0, x)
-
-
-def relu_bound(x: Array, error: Array, precision: Precision) -> Array:
-    """What e moves: the larger of 0 and x is found without rounding (tiny may be flushed)."""
-    return moved(relu, x, error) + precision.tiny
-
-
-def relu_backward(x: Array, y: Array, g: Array, precision: Precision) -> Gradients:
-    """``dL/dx = g`` where x > 0, else 0."""
-    return {"input": (np.where(x > 0, g, 0.0), np.full_like(g, precision.tiny))}
+    return Layer(name, forward, bound, backward, **others)
 
 
 def identity(x: Array) -> Array:
@@ -66,77 +74,45 @@ def identity(x: Array) -> Array:
     return x
 
 
+def relu(x: Array) -> Array:
+    """``y = max(0, x)``, found without rounding; ``dL/dx = g`` where x > 0, else 0."""
+    return np.maximum(0, x)
+
+
 def leaky_relu(x: Array, negative_slope: float) -> Array:
-    """``y = x`` where x > 0, else ``negative_slope x``."""
+    """``y = x`` where x > 0, else ``negative_slope x``.
+
+    Slope and product round: ``gamma(2) |slope| |x - e|`` where x - e < 0, so does the gradient.
+    Some libraries store the slope in the half type: there it rounds once more.
+    """
     return np.where(x > 0, x, x.dtype.type(negative_slope) * x)
 
 
-def leaky_relu_bound(x: Array, error: Array, precision: Precision, negative_slope: float) -> Array:
-    """What e moves, and ``gamma(2) |slope| |x - e|`` where x - e < 0: slope and product round.
-
-    Some libraries store the slope in the half type: there it rounds once more.
-    """
-    roundings = precision.gamma(2) + precision.stored_unit
-    bound = moved(lambda x: leaky_relu(x, negative_slope), x, error)
-    bound = bound + roundings * abs(negative_slope) * np.maximum(error - x, 0)
-    return finished(leaky_relu(x, negative_slope), bound, error, precision)
-
-
-def leaky_relu_backward(
-    x: Array, y: Array, g: Array, precision: Precision, negative_slope: float
-) -> Gradients:
-    """``dL/dx = g`` where x > 0, else ``negative_slope g``."""
-    exact = np.where(x > 0, 1.0, negative_slope) * g
-    bound = np.where(x > 0, 0.0, (precision.gamma(2) + precision.stored_unit) * np.abs(exact))
-    return {"input": gradient(exact, bound, precision)}
+def _leaky_size(precision: Precision, negative_slope: float) -> float:
+    return (precision.gamma(2) + precision.stored_unit) * abs(negative_slope)
 
 
 def tanh(x: Array) -> Array:
-    """``y = (exp(x) - exp(-x)) / (exp(x) + exp(-x))``."""
+    """``y = (exp(x) - exp(-x)) / (exp(x) + exp(-x))``, right to three units in the last place.
+
+    ``dL/dx = g (1 - y^2)``, from the y that the layer computed: the square rounds, then all.
+    """
     return np.tanh(x)
 
 
-def tanh_bound(x: Array, error: Array, precision: Precision) -> Array:
-    """What e moves, and ``gamma(6) |y|``: tanh is right to three units in the last place."""
-    bound = moved(tanh, x, error) + precision.gamma(_EXP) * tanh(np.abs(x) + error)
-    return finished(tanh(x), bound, error, precision)
-
-
-def tanh_backward(x: Array, y: Array, g: Array, precision: Precision) -> Gradients:
-    """``dL/dx = g (1 - y^2)``, from the y that the layer computed; the square rounds, then all."""
-    exact = g * (1 - y * y)
-    bound = precision.gamma(2) * np.abs(exact) + precision.gamma(1) * np.abs(g) * y * y
-    return {"input": gradient(exact, bound, precision)}
-
-
 def sigmoid(x: Array) -> Array:
-    """``y = 1 / (1 + exp(-x))``, for negative x as ``exp(x) / (1 + exp(x))``: none overflows."""
-    power = np.exp(-np.abs(x))
-    y: Array = np.where(x < 0, power, x.dtype.type(1)) / (1 + power)
-    return y
-
-
-def sigmoid_bound(x: Array, error: Array, precision: Precision) -> Array:
-    """What e moves, and ``gamma(8) max(y, 1/2)``.
+    """``y = 1 / (1 + exp(-x))``, for negative x as ``exp(x) / (1 + exp(x))``: none overflows.
 
     exp is wrong by 6 u, and the sum less; sum and quotient round: ``gamma(8) y`` at most. Many
     libraries compute ``1/2 + tanh(x / 2) / 2`` or a fraction of two polynomials plus 1/2. There a
     small y is as uncertain as 1/2, up to ``gamma(8) / 2``.
+
+    ``dL/dx = g y (1 - y)``, from the y that the layer computed: three roundings. Of half types
+    torch stores each of them on the CPU.
     """
-    roundings = precision.gamma(_EXP + 2)
-    bound = moved(sigmoid, x, error) + roundings * np.maximum(sigmoid(x + error), 0.5)
-    return finished(sigmoid(x), bound, error, precision)
-
-
-def sigmoid_backward(x: Array, y: Array, g: Array, precision: Precision) -> Gradients:
-    """``dL/dx = g y (1 - y)``, from the y that the layer computed: three roundings.
-
-    Of half types torch stores each of them on the CPU.
-    """
-    exact = g * y * (1 - y)
-    bound = 4 * precision.roundoff * np.abs(exact)
-    bound = bound + (precision.tiny + precision.stored_tiny) * (np.abs(g) + 1)
-    return {"input": gradient(exact, bound, precision)}
+    power = np.exp(-np.abs(x))
+    y: Array = np.where(x < 0, power, x.dtype.type(1)) / (1 + power)
+    return y
 
 
 _ERFC = np.vectorize(math.erfc, otypes=[float])
@@ -155,14 +131,6 @@ def _gate(x: Array, approximate: str) -> Array:
     return gate
 
 
-def _gate_size(x: Array, error: Array, approximate: str) -> Array:
-    """The larger of 1/2 and ``(1 + erf) / 2`` within `error`: what is rounded.
-
-    Kernels compute erf and tanh with an error in units of 1, not of their result.
-    """
-    return np.maximum(0.5, _gate(x + error, approximate))
-
-
 def gelu(x: Array, approximate: str) -> Array:
     """``y = x Phi(x)``, Phi the normal distribution ``(1 + erf(x / sqrt 2)) / 2``.
 
@@ -171,73 +139,95 @@ def gelu(x: Array, approximate: str) -> Array:
     return x * _gate(x, approximate)
 
 
-def gelu_bound(x: Array, error: Array, precision: Precision, approximate: str) -> Array:
-    """What e moves, and ``gamma(n) |x| max(1, 1 + erf) / 2``, n = 11, or 16 with tanh.
+def _gelu_rounds(x: Array, error: Array, precision: Precision, approximate: str) -> Array:
+    """``gamma(n) |x| max(1, 1 + erf) / 2``, n = 11, or 16 with tanh.
 
     The argument of erf rounds twice, that of tanh seven times; both are concave, so their relative
     error is no larger. They are wrong by 6 u themselves: of 1, as vectorized kernels have it (with
     an error of 6 u of the result, torch 2.13 on AVX2 reached 1.1 times the bound). Then the sum
     ``1 + erf`` and two products round.
     """
-    far, roundings = np.abs(x) + error, precision.gamma(_ROUNDINGS[approximate])
-    bound = moved(lambda x: gelu(x, approximate), x, error, _LEAST[approximate])
-    bound = bound + (roundings * _gate_size(x, error, approximate) + precision.tiny) * far
-    return finished(gelu(x, approximate), bound, error, precision)
+    size = precision.gamma(_ROUNDINGS[approximate]) * np.maximum(0.5, _gate(x + error, approximate))
+    return (size + precision.tiny) * (np.abs(x) + error)
 
 
-def gelu_backward(
-    x: Array, y: Array, g: Array, precision: Precision, approximate: str
-) -> Gradients:
-    """``dL/dx = g (Phi(x) + x Phi'(x))``; ``Phi'`` is the normal density ``exp(-x^2 / 2) / c``.
+def _gelu_slope(x: Array, y: Array, precision: Precision, approximate: str) -> tuple[Array, Array]:
+    """``Phi(x) + x Phi'(x)``; ``Phi'`` is the normal density ``exp(-x^2 / 2) / c``.
 
     The density is wrong by its roundings and exp's, and by ``x^2 u`` for the rounded exponent. With
-    tanh in the place of erf, ``1 - tanh^2`` is wrong by twice what tanh is.
+    tanh in the place of erf, ``1 - tanh^2`` is wrong by twice what tanh is. Two products follow.
     """
-    gate, size = _gate(x, approximate), _gate_size(x, np.zeros_like(x), approximate)
-    roundings, square = _ROUNDINGS[approximate], x * x
+    gate, roundings, square = _gate(x, approximate), _ROUNDINGS[approximate], x * x
     if approximate == "tanh":
         inner = 2 * _SLOPE * np.abs(x) * (1 + 3 * _CUBE * square)
-        slope = inner * gate * (1 - gate)
+        density = inner * gate * (1 - gate)
         wrong = inner / 4 * precision.gamma(2 * roundings + 7)
     else:
-        slope = np.abs(x) * np.exp(-square / 2) / math.sqrt(2 * math.pi)
-        wrong = slope * (precision.gamma(_EXP + 4) + np.expm1(square * precision.unit))
-    exact = g * (gate + np.copysign(slope, x))
-    bound = np.abs(g) * (precision.gamma(roundings) * size + wrong + precision.tiny * (1 + square))
-    bound = bound + precision.gamma(2) * (np.abs(exact) + bound)
-    return {"input": gradient(exact, bound, precision)}
+        density = np.abs(x) * np.exp(-square / 2) / math.sqrt(2 * math.pi)
+        wrong = density * (precision.gamma(_EXP + 4) + np.expm1(square * precision.unit))
+    slope = gate + np.copysign(density, x)
+    wrong = wrong + precision.gamma(roundings) * np.maximum(0.5, gate)
+    wrong = wrong + precision.tiny * (1 + square)
+    return slope, wrong + precision.gamma(2) * (np.abs(slope) + wrong)
 
 
-def _steeper(x: Array, negative_slope: float) -> Array | None:
-    return leaky_relu(x, 1.01 * negative_slope) if negative_slope else None
-
-
-def _other_gelu(x: Array, approximate: str) -> Array:
-    return gelu(x, "none" if approximate == "tanh" else "tanh")
-
-
-RELU = Layer(
+RELU = pointwise(
     "relu",
     relu,
-    relu_bound,
-    relu_backward,
+    lambda x, y, precision: (x > 0, 0.0),
     controls={
-        "ReLU left out": lambda x: x,
-        "leaky ReLU, slope 1e-2": lambda x: np.where(x > 0, x, 1e-2 * x),
-        "leaky ReLU, slope 1e-4": lambda x: np.where(x > 0, x, 1e-4 * x),
+        "ReLU left out": identity,
+        "leaky ReLU, slope 1e-2": lambda x: leaky_relu(x, 1e-2),
+        "leaky ReLU, slope 1e-4": lambda x: leaky_relu(x, 1e-4),
     },
 )
-LEAKY_RELU = Layer(
+LEAKY_RELU = pointwise(
     "leaky relu",
     leaky_relu,
-    leaky_relu_bound,
-    leaky_relu_backward,
-    {"leaky ReLU, slope 1 % too large": _steeper},
+    lambda x, y, precision, negative_slope: (
+        np.where(x > 0, 1.0, negative_slope),
+        np.where(x > 0, 0.0, _leaky_size(precision, negative_slope)),
+    ),
+    lambda x, error, precision, negative_slope: (
+        _leaky_size(precision, negative_slope) * np.maximum(error - x, 0)
+    ),
+    controls={
+        "leaky ReLU, slope 1 % too large": lambda x, negative_slope: (
+            leaky_relu(x, 1.01 * negative_slope) if negative_slope else None
+        )
+    },
 )
-TANH = Layer("tanh", tanh, tanh_bound, tanh_backward, {"tanh left out": lambda x: x})
-SIGMOID = Layer(
-    "sigmoid", sigmoid, sigmoid_bound, sigmoid_backward, {"sigmoid left out": lambda x: x}
+TANH = pointwise(
+    "tanh",
+    tanh,
+    lambda x, y, precision: (
+        1 - y * y,
+        precision.gamma(2) * np.abs(1 - y * y) + precision.gamma(1) * y * y,
+    ),
+    lambda x, error, precision: precision.gamma(_EXP) * tanh(np.abs(x) + error),
+    controls={"tanh left out": identity},
 )
-GELU = Layer("gelu", gelu, gelu_bound, gelu_backward, {"GELU in its other form": _other_gelu})
-IDENTITY = Layer("identity", identity, passed_on_bound, passed_on_backward)
-DROPOUT = Layer("dropout", identity, passed_on_bound, passed_on_backward, eval_only=True)
+SIGMOID = pointwise(
+    "sigmoid",
+    sigmoid,
+    lambda x, y, precision: (
+        y * (1 - y),
+        4 * precision.roundoff * np.abs(y * (1 - y)) + precision.tiny + precision.stored_tiny,
+    ),
+    lambda x, error, precision: precision.gamma(_EXP + 2) * np.maximum(sigmoid(x + error), 0.5),
+    controls={"sigmoid left out": identity},
+)
+GELU = pointwise(
+    "gelu",
+    gelu,
+    _gelu_slope,
+    _gelu_rounds,
+    lambda approximate: (_LEAST[approximate],),
+    controls={
+        "GELU in its other form": lambda x, approximate: gelu(
+            x, "none" if approximate == "tanh" else "tanh"
+        )
+    },
+)
+IDENTITY = pointwise("identity", identity, lambda x, y, precision: (1.0, 0.0))
+DROPOUT = replace(IDENTITY, name="dropout", eval_only=True)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from torchnnfs.testing.layers import Gradients, Layer, finished, gradient
-from torchnnfs.testing.layers.pointwise import passed_on_backward
 from torchnnfs.testing.precision import Array, Precision
 
 #: Of both axes of an image, or of each.
@@ -22,14 +21,20 @@ Sizes = int | tuple[int, int]
 
 
 def windows(
-    x: Array, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+    x: Array,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+    **how: Any,
 ) -> Array:
-    """All windows over the last axes of x: (..., *positions, *kernel), a view."""
+    """All windows over the last axes of x, padded: (..., *positions, numbers of one window)."""
+    x = np.pad(x, [(0, 0)] * (x.ndim - len(kernel)) + [*pads], **how)
     reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
     axes = tuple(range(-len(kernel), 0))
     view = np.lib.stride_tricks.sliding_window_view(x, reach, axis=axes)
-    steps: tuple[Any, ...] = tuple(slice(None, None, step) for step in (*stride, *dilation))
-    return view[(..., *steps)]
+    view = view[(..., *(slice(None, None, step) for step in (*stride, *dilation)))]
+    return view.reshape(*view.shape[: -len(kernel)], -1)
 
 
 def positions(x: Array) -> Array:
@@ -37,11 +42,16 @@ def positions(x: Array) -> Array:
     return np.arange(1, x.size + 1).reshape(x.shape)
 
 
-def collected(values: Array, places: Array, x: Array) -> Array:
+def collected(values: Any, places: Array, x: Array) -> Array:
     """The sum of the `values` that belong to each place of x, as `positions` counts them."""
     flat = np.broadcast_to(values, places.shape).ravel()
     sums = np.bincount(places.ravel(), weights=flat, minlength=x.size + 1)
     return sums[1:].reshape(x.shape)
+
+
+def most(places: Array, x: Array) -> float:
+    """How many values one place of x gets at most."""
+    return float(np.max(collected(1.0, places, x), initial=0.0))
 
 
 def scattered(values: Array, places: Array, x: Array, precision: Precision) -> tuple[Array, Array]:
@@ -49,22 +59,17 @@ def scattered(values: Array, places: Array, x: Array, precision: Precision) -> t
 
     n is the most that one place gets. Half types may be added up as stored.
     """
-    exact, size = collected(values, places, x), collected(np.abs(values), places, x)
-    n = np.max(collected(np.ones(1), places, x), initial=0.0)
-    bound = (n + 1) * precision.roundoff * size + n * (precision.tiny + precision.stored_tiny)
-    return gradient(exact, bound, precision)
+    exact, size, n = collected(values, places, x), np.abs(values), most(places, x)
+    bound = (n + 1) * precision.roundoff * collected(size, places, x)
+    return gradient(exact, bound + n * (precision.tiny + precision.stored_tiny), precision)
 
 
 def flatten(x: Array, start_dim: int, end_dim: int) -> Array:
     """The dimensions from `start_dim` to `end_dim` as one."""
     first, last = start_dim % x.ndim, end_dim % x.ndim
-    length = int(np.prod(x.shape[first : last + 1]))
-    return x.reshape(*x.shape[:first], length, *x.shape[last + 1 :])
-
-
-def flatten_bound(x: Array, error: Array, precision: Precision, **dims: int) -> Array:
-    """The error that came in, in the shape of the output."""
-    return flatten(error, **dims) + precision.tiny
+    return x.reshape(
+        *x.shape[:first], int(np.prod(x.shape[first : last + 1])), *x.shape[last + 1 :]
+    )
 
 
 def _column_major(x: Array, start_dim: int, end_dim: int) -> Array:
@@ -77,12 +82,12 @@ def _column_major(x: Array, start_dim: int, end_dim: int) -> Array:
 def _pooled(
     x: Array,
     fill: float,
-    beyond: float,
     kernel_size: Sizes,
     stride: Sizes,
     padding: Sizes,
     ceil_mode: bool,
     dilation: Sizes = 1,
+    beyond: float | None = None,
 ) -> Array:
     """The windows of an image (..., height, width): (..., rows, columns, numbers of one window).
 
@@ -95,26 +100,25 @@ def _pooled(
     number = (-(-room // step) if ceil_mode else room // step) + 1
     # The last window of ceil mode may reach past the padding, but never starts in it.
     number = number - ceil_mode * ((number - 1) * step >= length + pad)
-    past = np.maximum((number - 1) * step + reach - length - 2 * pad, 0)
-    others = [(0, 0)] * (x.ndim - 2)
-    x = np.pad(x, [*others, *((size, size) for size in pad)], constant_values=fill)
-    x = np.pad(x, [*others, *((0, size) for size in past)], constant_values=beyond)
-    view = windows(x, [*kernel], [*step], [*spread])[..., : number[0], : number[1], :, :]
-    return view.reshape(*view.shape[:-2], -1)
+    x = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(size, size) for size in pad], constant_values=fill)
+    past = [(0, max(0, size)) for size in (number - 1) * step - room]
+    fill = fill if beyond is None else beyond
+    view = windows(x, [*kernel], [*step], [*spread], past, constant_values=fill)
+    return view[..., : number[0], : number[1], :]
 
 
 def max_pool2d(
     x: Array, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool
 ) -> Array:
     """``y = max x`` over each window of an image (..., height, width); padding never wins."""
-    view = _pooled(x, -np.inf, -np.inf, kernel_size, stride, padding, ceil_mode, dilation)
+    view = _pooled(x, -np.inf, kernel_size, stride, padding, ceil_mode, dilation)
     y: Array = np.max(view, axis=-1)
     return y
 
 
 def max_pool2d_bound(x: Array, error: Array, precision: Precision, **sizes: Any) -> Array:
     """The largest e in a window of those that may win: ``x + e >= max(x - e)``. No rounding."""
-    view, reach = _pooled(x, -np.inf, -np.inf, **sizes), _pooled(error, 0, 0, **sizes)
+    view, reach = _pooled(x, -np.inf, **sizes), _pooled(error, 0, **sizes)
     may_win = view + reach >= np.max(view - reach, axis=-1, keepdims=True)
     bound: Array = np.max(np.where(may_win, reach, 0.0), axis=-1)
     return bound + precision.tiny
@@ -127,7 +131,7 @@ def max_pool2d_backward(
 
     Of several maxima torch takes the first. Any other is right as well, so they may differ by g.
     """
-    view, places = _pooled(x, -np.inf, -np.inf, **sizes), _pooled(positions(x), 0, 0, **sizes)
+    view, places = _pooled(x, -np.inf, **sizes), _pooled(positions(x), 0, **sizes)
     first = np.argmax(view, axis=-1)[..., None]
     exact, bound = scattered(g, np.take_along_axis(places, first, -1)[..., 0], x, precision)
     largest = view == np.max(view, axis=-1, keepdims=True)
@@ -140,10 +144,9 @@ def _average(
     x: Array, count_include_pad: bool, divisor_override: int | None, *sizes: Any, **named: Any
 ) -> tuple[Array, Array]:
     """The windows over x, and what the sum of each is divided by."""
-    image = np.ones(x.shape[-2:])
-    n: Array = np.sum(_pooled(image, float(count_include_pad), 0, *sizes, **named), axis=-1)
-    n = np.full_like(n, divisor_override) if divisor_override else n
-    return _pooled(x, 0, 0, *sizes, **named), n
+    ones = _pooled(np.ones(x.shape[-2:]), float(count_include_pad), *sizes, **named, beyond=0)
+    n: Array = np.sum(ones, axis=-1)
+    return _pooled(x, 0, *sizes, **named), n * 0 + divisor_override if divisor_override else n
 
 
 def avg_pool2d(
@@ -187,22 +190,22 @@ def avg_pool2d_backward(
 
 
 def _as_mean(x: Array, dilation: Sizes, **sizes: Any) -> Array | None:
-    undilated = np.max(dilation) == 1
-    return np.mean(_pooled(x, 0, 0, **sizes), axis=-1) if undilated else None
+    return np.mean(_pooled(x, 0, **sizes), axis=-1) if np.max(dilation) == 1 else None
 
 
 def _counted_otherwise(x: Array, **sizes: Any) -> Array | None:
     """With the padding counted if it is not, or without."""
-    changed = {**sizes, "count_include_pad": not sizes["count_include_pad"]}
-    y = avg_pool2d(x, **changed)
+    y = avg_pool2d(x, **{**sizes, "count_include_pad": not sizes["count_include_pad"]})
     return None if np.array_equal(y, avg_pool2d(x, **sizes)) else y
 
 
 FLATTEN = Layer(
     "flatten",
     flatten,
-    flatten_bound,
-    passed_on_backward,
+    lambda x, error, precision, **dims: flatten(error, **dims) + precision.tiny,
+    lambda x, y, g, precision, **dims: {
+        "input": (g.reshape(x.shape), np.full(x.shape, precision.tiny))
+    },
     {"flatten with the first dimension running fastest": _column_major},
 )
 MAX_POOL2D = Layer(
