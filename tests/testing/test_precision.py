@@ -36,3 +36,10 @@ def test_rounding_is_torchs(name):
     values = torch.cat([torch.randn(999), torch.logspace(-46, 38, 999), torch.zeros(1)]).double()
     theirs = values.to(getattr(torch, name)).double().numpy()
     np.testing.assert_array_equal(PRECISIONS[name].round(values.numpy()), theirs)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_what_is_not_finite_stays_so(name):
+    values = np.array([np.inf, -np.inf, np.nan, 1e308 * 10])
+    np.testing.assert_array_equal(PRECISIONS[name].round(values), values)
+    assert (PRECISIONS[name].ulp(values) > 0).all()

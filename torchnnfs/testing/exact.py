@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.models import (
-    Place,
     arguments_of,
     borrowed,
     call,
@@ -42,15 +41,7 @@ ROUNDING, ESTIMATED, ITSELF = "rounding", "estimated", "own float64 run"
 _ORDER = (ROUNDING, ESTIMATED, ITSELF)
 
 #: What a forward may raise that was not made for float64.
-_NO_RUN = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    OSError,
-)
+_FAILS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, OSError)
 
 #: An estimated bound is this many times the largest change in that many runs.
 _SPREAD, _RUNS = 8, 8
@@ -139,27 +130,16 @@ class Rounding(Double):
         p = self.precision
         rounded = self.moved(tensor, (2 + math.sqrt(terms)) * p.unit + p.stored_unit)
         if p.stored_tiny:
-            rounded = (
-                rounded + self.moved(torch.full_like(tensor, p.stored_tiny), 1.0) - (p.stored_tiny)
-            )
+            tiny = torch.full_like(tensor, p.stored_tiny)
+            rounded = rounded + self.moved(tiny, 1.0) - tiny
         return torch.where(tensor.abs() > p.largest, tensor * np.inf, rounded)
 
 
 #: Operations that do not round: moving what goes into them would be another question.
 _EXACT = {"floor", "ceil", "round", "trunc", "sign", "abs", "neg", "clone", "copy_", "_to_copy"}
 _EXACT |= {"eq", "ne", "lt", "le", "gt", "ge", "argmax", "argmin", "where", "maximum", "minimum"}
-_EXACT |= {
-    "relu",
-    "threshold",
-    "clamp",
-    "embedding",
-    "cat",
-    "stack",
-    "index",
-    "gather",
-    "max",
-    "min",
-}
+_EXACT |= {"relu", "threshold", "clamp", "embedding", "cat", "stack", "index", "gather"}
+_EXACT |= {"max", "min"}
 
 #: Operations that add many terms.
 _SUMS = {"mm", "addmm", "bmm", "baddbmm", "mv", "dot", "convolution", "sum", "mean", "var"}
@@ -213,6 +193,18 @@ def estimate(run: Callable[[int | None], Any], precision: Precision) -> Expected
         stored = precision.stored(exact[name], bound + precision.tiny) if floating else bound
         bounds[name] = np.array(stored, np.float64)
     return Expected(output, bounds, ESTIMATED)
+
+
+def shaken(seed: int | None) -> Callable[[Array, Any], Array]:
+    """A function of an array and errors: the array off by them, up or down; exact without seed."""
+    signs = np.random.RandomState(seed)
+
+    def off(value: Array, error: Any) -> Array:
+        if seed is None or not np.any(error):
+            return np.array(value)
+        return np.array(value + error * signs.choice([-1.0, 1.0], value.shape))
+
+    return off
 
 
 @contextmanager
@@ -315,101 +307,72 @@ class Exact:
                 raise ValueError(f"compare expects a tensor as the input of {place.label}")
             with computable(place.module, place.layer, x):
                 return known(place.layer, x, off, precision, self.arguments.get(path, {}))
-        try:
-            return self._own_run(place, given, error, precision)
-        except _NO_RUN as failure:
-            self.failed[path] = " ".join(str(failure).split())[:200]
-            return None
+        return self._own_run(path, place.module, given, error, precision)
 
     def reach(self) -> dict[str, Array] | None:
         """How far the output moves when each parameter and input is off by its rounding."""
-        unit = self.precision.roundoff
-
-        def run(seed: int | None) -> Any:
-            signs = np.random.RandomState(seed)
-
-            def rounded(array: Array) -> Tensor:
-                off = unit * signs.choice([-1.0, 1.0], array.shape) if seed is not None else 0.0
-                floating = array.dtype.kind == "f"
-                return torch.from_numpy(np.array(array * (1 + off) if floating else array))
-
-            state = state_of(self.model, "cpu", torch.float64, self.dtype)
-            state = {name: rounded(to_numpy(each)) for name, each in state.items()}
-            args, kwargs = convert(split(self.input), np.ndarray, rounded)
-            with (
-                torch.no_grad(),
-                same_chance(),
-                borrowed(self.model, "cpu", torch.float64, self.dtype, state) as compute,
-                Double(),  # type: ignore[no-untyped-call]
-            ):
-                return convert(compute(*args, **kwargs), Tensor, to_numpy)
-
-        try:
-            return estimate(run, PRECISIONS["float64"]).bounds
-        except _NO_RUN as failure:
-            self.failed[""] = " ".join(str(failure).split())[:200]
-            return None
+        given, unit = split(self.input), self.precision.roundoff
+        error = convert(given, np.ndarray, lambda x: unit * np.abs(x) * (x.dtype.kind == "f"))
+        moved = self._own_run("", self.model, given, error, PRECISIONS["float64"], parameters=unit)
+        return None if moved is None else moved.bounds
 
     def whole(self, precision: Precision) -> Expected | None:
         """What comes out of the model by its own float64 run, however deep the chain is."""
         if precision not in self._wholes:
-            place = Place("", self.model, None, True)
-            try:
-                self._wholes[precision] = self._own_run(place, split(self.input), None, precision)
-            except _NO_RUN as failure:
-                self.failed[""] = " ".join(str(failure).split())[:200]
-                self._wholes[precision] = None
+            given = split(self.input)
+            self._wholes[precision] = self._own_run("", self.model, given, None, precision)
         return self._wholes[precision]
 
     def inside(self, path: str, precision: Precision) -> Expected | None:
         """What comes out of the last call of a module within the model, from the input on."""
-        module = self.model.get_submodule(path)
-        whole = Place("", self.model, None, True)
-        try:
-            return self._own_run(whole, split(self.input), None, precision, module)
-        except _NO_RUN as failure:
-            self.failed[path] = " ".join(str(failure).split())[:200]
-            return None
+        inner = self.model.get_submodule(path)
+        return self._own_run(path, self.model, split(self.input), None, precision, inner)
 
     def _own_run(
         self,
-        place: Place,
+        path: str,
+        module: nn.Module,
         given: tuple[tuple[Any, ...], dict[str, Any]],
         error: Any,
         precision: Precision,
         inner: nn.Module | None = None,
-    ) -> Expected:
+        parameters: float = 0.0,
+    ) -> Expected | None:
         """The module itself in float64, from numbers as the dtype stores them.
 
-        With `inner`, what comes out of that module within it.
+        With `inner`, what comes out of that module within it. With `parameters`, they are off by
+        that relative error, and nothing rounds. None if it cannot run: `failed` says why at `path`.
         """
-        shown: list[Any] = []
 
         def run(seed: int | None) -> Any:
-            errors = iter(() if seed is None else leaves(error).values())
-            signs = np.random.RandomState(seed)
-
-            def tensor(array: Array) -> Tensor:
-                off = next(errors, None)
-                if off is not None:
-                    array = array + off * signs.choice([-1.0, 1.0], array.shape)
-                return torch.from_numpy(np.array(array))
-
-            args, kwargs = convert(given, np.ndarray, tensor)
+            off, errors, shown = shaken(seed), iter(leaves(error).values()), []
+            state = state_of(module, "cpu", torch.float64, self.dtype)
+            for name, each in state.items():
+                if parameters and each.is_floating_point():
+                    value = to_numpy(each)
+                    state[name] = torch.from_numpy(off(value, parameters * np.abs(value)))
+            args, kwargs = convert(
+                given, np.ndarray, lambda x: torch.from_numpy(off(x, next(errors, None)))
+            )
             with (
                 torch.no_grad(),
                 same_chance(),
-                Double() if seed is None else Rounding(precision, seed),  # type: ignore[no-untyped-call]
+                borrowed(module, "cpu", torch.float64, self.dtype, state) as compute,
+                hooked(
+                    {} if inner is None else {"": inner},
+                    lambda *_: None,
+                    lambda path, module, output: shown.append(output),
+                ),
+                Double() if seed is None or parameters else Rounding(precision, seed),  # type: ignore[no-untyped-call]
             ):
                 output = compute(*args, **kwargs)
-            return convert(shown[-1] if inner is not None else output, Tensor, to_numpy)
+            return convert(output if inner is None else shown[-1], Tensor, to_numpy)
 
-        watched = {} if inner is None else {"": inner}
-        with (
-            borrowed(place.module, "cpu", torch.float64, self.dtype) as compute,
-            hooked(watched, lambda *_: None, lambda path, module, output: shown.append(output)),
-        ):
+        try:
             expected = estimate(run, precision)
+        except _FAILS as failure:
+            self.failed[path] = " ".join(str(failure).split())[:200]
+            return None
         expected.basis, expected.source = ITSELF, "its own float64 run"
         return expected
 
@@ -423,26 +386,19 @@ def known(
 ) -> Expected:
     """What a layer with a formula gives."""
     if layer.bound is not None:
-        exact = layer.forward(x, **arguments)
         none = np.zeros(x.shape, np.float64) if error is None else error
         bound = np.array(layer.bound(x, none, precision, **arguments))
-        return Expected(exact, {"": bound}, ROUNDING)
+        return Expected(layer.forward(x, **arguments), {"": bound}, ROUNDING)
 
     def run(seed: int | None) -> Array:
-        if seed is None:
-            return np.asarray(layer.forward(x, **arguments))
-        random = np.random.RandomState(seed)
-
-        def moved(value: Array, sizes: Array | float) -> Array:
-            return np.asarray(value + sizes * random.choice([-1.0, 1.0], value.shape))
-
-        sizes = precision.unit * np.abs(x) + (0.0 if error is None else error)
+        off = shaken(seed)
+        given = off(x, precision.unit * np.abs(x) + (0.0 if error is None else error))
         others = {
-            name: moved(value, precision.unit * np.abs(value))
+            name: off(value, precision.unit * np.abs(value))
             if isinstance(value, np.ndarray) and value.dtype.kind == "f"
             else value
             for name, value in arguments.items()
         }
-        return np.asarray(layer.forward(moved(x, sizes), **others))
+        return np.asarray(layer.forward(given, **others))
 
     return estimate(run, precision)

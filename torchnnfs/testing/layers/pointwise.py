@@ -148,7 +148,8 @@ def _gelu_rounds(x: Array, error: Array, precision: Precision, approximate: str)
     ``1 + erf`` and two products round.
     """
     size = precision.gamma(_ROUNDINGS[approximate]) * np.maximum(0.5, _gate(x + error, approximate))
-    return (size + precision.tiny) * (np.abs(x) + error)
+    rounds: Array = (size + precision.tiny) * (np.abs(x) + error)
+    return rounds
 
 
 def _gelu_slope(x: Array, y: Array, precision: Precision, approximate: str) -> tuple[Array, Array]:

@@ -33,7 +33,8 @@ def windows(
     reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
     axes = tuple(range(-len(kernel), 0))
     view = np.lib.stride_tricks.sliding_window_view(x, reach, axis=axes)
-    view = view[(..., *(slice(None, None, step) for step in (*stride, *dilation)))]
+    steps: tuple[Any, ...] = tuple(slice(None, None, step) for step in (*stride, *dilation))
+    view = view[(..., *steps)]
     return view.reshape(*view.shape[: -len(kernel)], -1)
 
 
@@ -81,18 +82,18 @@ def _column_major(x: Array, start_dim: int, end_dim: int) -> Array:
 
 def _pooled(
     x: Array,
-    fill: float,
+    fill: float | tuple[float, float],
     kernel_size: Sizes,
     stride: Sizes,
     padding: Sizes,
     ceil_mode: bool,
     dilation: Sizes = 1,
-    beyond: float | None = None,
 ) -> Array:
     """The windows of an image (..., height, width): (..., rows, columns, numbers of one window).
 
-    The padding is filled with `fill`, and with `beyond` where ceil mode reaches past it.
+    The padding is filled with `fill`; a second number is for where ceil mode reaches past it.
     """
+    inside, beyond = np.broadcast_to(fill, 2)
     sizes = (kernel_size, stride, padding, dilation)
     kernel, step, pad, spread = (np.broadcast_to(size, 2) for size in sizes)
     length, reach = np.array(x.shape[-2:]), spread * (kernel - 1) + 1
@@ -100,10 +101,9 @@ def _pooled(
     number = (-(-room // step) if ceil_mode else room // step) + 1
     # The last window of ceil mode may reach past the padding, but never starts in it.
     number = number - ceil_mode * ((number - 1) * step >= length + pad)
-    x = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(size, size) for size in pad], constant_values=fill)
+    x = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(size, size) for size in pad], constant_values=inside)
     past = [(0, max(0, size)) for size in (number - 1) * step - room]
-    fill = fill if beyond is None else beyond
-    view = windows(x, [*kernel], [*step], [*spread], past, constant_values=fill)
+    view = windows(x, [*kernel], [*step], [*spread], past, constant_values=beyond)
     return view[..., : number[0], : number[1], :]
 
 
@@ -144,8 +144,8 @@ def _average(
     x: Array, count_include_pad: bool, divisor_override: int | None, *sizes: Any, **named: Any
 ) -> tuple[Array, Array]:
     """The windows over x, and what the sum of each is divided by."""
-    ones = _pooled(np.ones(x.shape[-2:]), float(count_include_pad), *sizes, **named, beyond=0)
-    n: Array = np.sum(ones, axis=-1)
+    ones = np.ones(x.shape[-2:])
+    n: Array = np.sum(_pooled(ones, (float(count_include_pad), 0), *sizes, **named), axis=-1)
     return _pooled(x, 0, *sizes, **named), n * 0 + divisor_override if divisor_override else n
 
 

@@ -146,7 +146,8 @@ def _along_another(forward: Callable[..., Array]) -> Wrong:
 def _unshifted(x: Array, dim: int) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         powers: Array = np.exp(x)
-        return powers / np.sum(powers, axis=dim, keepdims=True)
+        total: Array = np.sum(powers, axis=dim, keepdims=True)
+        return powers / total
 
 
 #: The control that needs large inputs to be seen.
