@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class Layer:
     eval_only: bool = False
 
 
-def finished(y: Array, bound: Array, largest: Array, precision: Precision) -> Array:
+def finished(y: Array, bound: Array, largest: Any, precision: Precision) -> Array:
     """`bound`, and what the last step does: flush to zero, round to the type that is stored.
 
     Infinite where nothing is proven: the arithmetic may overflow, in what is `largest` on the way
@@ -66,6 +67,8 @@ def finished(y: Array, bound: Array, largest: Array, precision: Precision) -> Ar
     return np.where(np.abs(y) + bound + largest < precision.overflow, bound, np.inf)
 
 
-def gradient(exact: Array, bound: Array, precision: Precision) -> tuple[Array, Array]:
+def gradient(
+    exact: Array, bound: Array, precision: Precision, largest: Any = 0.0
+) -> tuple[Array, Array]:
     """A gradient and its `finished` bound: what it is computed from has no error."""
-    return exact, finished(exact, bound, np.zeros_like(exact), precision)
+    return exact, finished(exact, bound, largest, precision)

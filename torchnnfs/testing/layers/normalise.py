@@ -14,21 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Layer, finished, gradient
+from torchnnfs.testing.layers import Gradients, Layer, Maybe, finished, gradient
 from torchnnfs.testing.precision import Array, Precision
-
-Maybe = Array | None
 
 
 class _Normal(NamedTuple):
     """Numbers less their mean, over their deviation; and how far computed ones may stray.
 
-    Attributes:
-        value: ``n = (x - m) / s``, s the root of the variance and eps.
-        error: of n.
-        size: ``(|x| + |m|) / s``: what cancels where n is computed as ``x / s - m / s``.
-        inverse: the largest that ``1 / s`` may be.
-        relative: error of the computed ``1 / s``.
+    n is ``(x - m) / s``, s the root of the variance and eps; `size` is ``(|x| + |m|) / s``, what
+    cancels where n is computed as ``x / s - m / s``; `inverse` is the largest that ``1 / s`` may
+    be, and `relative` the error of a computed one.
     """
 
     value: Array
@@ -36,6 +31,41 @@ class _Normal(NamedTuple):
     size: Array
     inverse: Array
     relative: Array
+
+
+def _scaled(n: Array, weight: Maybe, bias: Maybe) -> Array:
+    """``n w + b``."""
+    n = n if weight is None else n * weight
+    return n if bias is None else n + bias
+
+
+def _scaled_bound(
+    y: Array, normal: _Normal, precision: Precision, weight: Maybe, bias: Maybe
+) -> Array:
+    """``|w| a + gamma(2) (|w| (|n| + a) + |b|)``, a the error of n."""
+    w, b = np.abs(1.0 if weight is None else weight), np.abs(0.0 if bias is None else bias)
+    size = w * (np.abs(normal.value) + normal.error) + b
+    bound = w * (normal.error + precision.tiny) + precision.gamma(2) * size
+    # w / s may be flushed before it is multiplied with x and m.
+    bound = bound + precision.tiny * (4 + normal.size / normal.inverse)
+    return finished(y, bound, w * normal.size + b, precision)
+
+
+def _parameters(
+    g: Array, n: Array, wrong: Array, rows: tuple[int, ...], precision: Precision, **kept: Maybe
+) -> Gradients:
+    """``dL/dw = sum g n`` with n wrong by `wrong`, ``dL/db = sum g``: sums over the `rows`.
+
+    Of half types torch adds some up as stored on the CPU.
+    """
+    count = math.prod(g.shape[axis] for axis in rows)
+    found = {}
+    for name, factor, error in (("weight", n, wrong), ("bias", np.ones_like(g), 0.0)):
+        size = np.abs(g) * (error + (count + 2) * precision.roundoff * (np.abs(factor) + error))
+        bound = np.sum(size, axis=rows) + precision.tiny * count
+        if kept[name] is not None:
+            found[name] = gradient(np.sum(g * factor, axis=rows), bound, precision)
+    return found
 
 
 def _normal(
@@ -79,13 +109,12 @@ def layer_norm(
     """
     axes = tuple(range(-len(normalized_shape), 0))
     centred = x - np.mean(x, axis=axes, keepdims=True)
-    y: Array = centred / np.sqrt(np.mean(centred**2, axis=axes, keepdims=True) + eps)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    deviation = np.sqrt(np.mean(centred**2, axis=axes, keepdims=True) + eps)
+    return _scaled(centred / deviation, weight, bias)
 
 
 def layer_norm_bound(x: Array, error: Array, precision: Precision, **arguments: Any) -> Array:
-    """``|w| a + gamma(2) (|w| (|n| + a) + |b|)``, a the error of n.
+    """That of `_scaled_bound`; the error of n has two parts.
 
     What came in moves ``x_i - m`` by ``(1 - 2/k) e_i + mean e``, with k numbers in a row. It moves
     s, which is a norm of the row, by ``d = sqrt(mean e^2)``. So n moves by
@@ -101,13 +130,10 @@ def layer_norm_bound(x: Array, error: Array, precision: Precision, **arguments: 
 
     A variance as ``mean x^2 - m^2`` is not covered where m is large against s: it is unstable.
     """
-    weight, bias, eps = arguments["weight"], arguments["bias"], arguments["eps"]
     axes = tuple(range(-len(arguments["normalized_shape"]), 0))
-    normal = _normal(x, error, precision, axes, eps, 0.0)
-    w, b = np.abs(1.0 if weight is None else weight), np.abs(0.0 if bias is None else bias)
-    size = w * (np.abs(normal.value) + normal.error) + b
-    bound = w * (normal.error + precision.tiny) + precision.gamma(2) * size
-    return finished(layer_norm(x, **arguments), bound, error, precision)
+    normal = _normal(x, error, precision, axes, arguments["eps"], 0.0)
+    kept = {name: arguments[name] for name in ("weight", "bias")}
+    return _scaled_bound(layer_norm(x, **arguments), normal, precision, **kept)
 
 
 def layer_norm_backward(
@@ -133,77 +159,60 @@ def layer_norm_backward(
     bound = bound * inverse * (1 + relative) + relative * np.abs(exact)
     rows = tuple(range(x.ndim - len(axes)))
     found = _parameters(g, n, wrong, rows, precision, weight=weight, bias=arguments["bias"])
-    return {"input": gradient(exact, bound, precision), **found}
+    # torch multiplies g, x, w and 1 / s^3 in an order that may overflow where the result does not.
+    total = np.sum(np.abs(g) + np.abs(h), axis=axes, keepdims=True)
+    largest = total * (1 + np.max(np.abs(x), axis=axes, keepdims=True)) * (1 + inverse**3)
+    return {"input": gradient(exact, bound, precision, largest), **found}
 
 
-def _parameters(
-    g: Array, n: Array, wrong: Array, rows: tuple[int, ...], precision: Precision, **kept: Maybe
-) -> Gradients:
-    """``dL/dw = sum g n`` with n wrong by `wrong`, ``dL/db = sum g``: sums over the `rows`.
-
-    Of half types torch adds some up as stored on the CPU.
-    """
-    count = math.prod(g.shape[axis] for axis in rows)
-    found = {}
-    for name, factor, error in (("weight", n, wrong), ("bias", np.ones_like(g), 0.0)):
-        size = np.abs(g) * (error + (count + 2) * precision.roundoff * (np.abs(factor) + error))
-        bound = np.sum(size, axis=rows) + precision.tiny * count
-        if kept[name] is not None:
-            found[name] = gradient(np.sum(g * factor, axis=rows), bound, precision)
-    return found
-
-
-def _affine(
+def _channels(
     x: Array, running_mean: Maybe, running_var: Maybe, weight: Maybe, bias: Maybe, eps: float
-) -> list[Array]:
-    """Mean, scale and shift of ``(x - mean) scale + shift``, in shapes that fit x."""
+) -> tuple[Array, Array, Maybe, Maybe]:
+    """Mean, ``1 / s``, weight and bias in shapes that fit x."""
     if running_mean is None or running_var is None:
         raise ValueError(
             "compare expects BatchNorm to have running statistics, got None; "
             "with track_running_stats=False its output depends on the batch"
         )
-    scale = 1 / np.sqrt(running_var + eps)
-    scale = scale if weight is None else scale * weight
-    shift = np.zeros_like(scale) if bias is None else bias
     shape = (-1,) + (1,) * (x.ndim - 2)
-    return [each.reshape(shape) for each in (running_mean, scale, shift)]
+    weight, bias = (None if each is None else each.reshape(shape) for each in (weight, bias))
+    inverse = 1 / np.sqrt(running_var + eps)
+    return running_mean.reshape(shape), inverse.reshape(shape), weight, bias
 
 
 def batch_norm(
     x: Array, running_mean: Maybe, running_var: Maybe, weight: Maybe, bias: Maybe, eps: float
 ) -> Array:
     """``y = (x - m) / sqrt(v + eps) w + b`` for each channel, m and v the running statistics."""
-    mean, scale, shift = _affine(x, running_mean, running_var, weight, bias, eps)
-    return (x - mean) * scale + shift
+    mean, inverse, *kept = _channels(x, running_mean, running_var, weight, bias, eps)
+    return _scaled((x - mean) * inverse, *kept)
 
 
 def batch_norm_bound(x: Array, error: Array, precision: Precision, **arguments: Any) -> Array:
-    """``a (e + gamma(7) (|x - m| + e) + gamma(4) (|x| + e + |m|)) + gamma(2) |b|``.
+    """That of `_scaled_bound`, ``a = (e + gamma(5) (|x - m| + e) + gamma(4) (|x| + e + |m|)) / s``.
 
-    ``a = |w| / sqrt(v + eps)`` rounds up to seven times: eps, sum, root, quotient (or a root and
-    quotient in one, right to two units in the last place) and product. As torch computes it,
-    ``a x + (b - m a)``, x and m are rounded three times before they cancel.
+    ``1 / s`` rounds up to five times: eps, sum, root and quotient, or a root and quotient in one,
+    right to two units in the last place. As torch computes y, ``(w / s) x + (b - m w / s)``, x and
+    m are rounded three times before they cancel.
     """
-    mean, scale, shift = _affine(x, **arguments)
-    far = np.abs(x) + error + np.abs(mean)
-    bound = error + precision.gamma(7) * (np.abs(x - mean) + error) + precision.gamma(4) * far
-    bound = np.abs(scale) * (bound + precision.tiny) + precision.gamma(2) * np.abs(shift)
-    largest = np.abs(scale) * far + np.abs(shift)
-    return finished(batch_norm(x, **arguments), bound + 4 * precision.tiny, largest, precision)
+    mean, inverse, *kept = _channels(x, **arguments)
+    far, gamma = np.abs(x) + error + np.abs(mean), precision.gamma
+    wrong = error + gamma(5) * (np.abs(x - mean) + error) + gamma(4) * far + precision.tiny
+    normal = _Normal((x - mean) * inverse, wrong * inverse, far * inverse, inverse, inverse)
+    return _scaled_bound(batch_norm(x, **arguments), normal, precision, *kept)
 
 
 def batch_norm_backward(
     x: Array, y: Array, g: Array, precision: Precision, **arguments: Any
 ) -> Gradients:
     """``dL/dx = g w / s``, ``dL/dw = sum g (x - m) / s``, ``dL/db = sum g``."""
-    kept = {name: arguments[name] for name in ("weight", "bias")}
-    exact = g * _affine(x, **arguments)[1]
-    bound = precision.gamma(8) * np.abs(exact) + 2 * precision.tiny
-    n = batch_norm(x, **{**arguments, **dict.fromkeys(kept)})
+    mean, inverse, weight, _ = _channels(x, **arguments)
+    exact, n = _scaled(g * inverse, weight, None), (x - mean) * inverse
+    bound = precision.gamma(8) * np.abs(exact) + (2 + inverse) * precision.tiny
     wrong = precision.gamma(8) * np.abs(n) + precision.tiny
-    rows = (0, *range(2, x.ndim))
-    found = _parameters(g, n, wrong, rows, precision, **kept)
-    return {"input": gradient(exact, bound, precision), **found}
+    kept = {name: arguments[name] for name in ("weight", "bias")}
+    found = _parameters(g, n, wrong, (0, *range(2, x.ndim)), precision, **kept)
+    return {"input": gradient(exact, bound, precision, np.abs(g) * inverse), **found}
 
 
 def _of_a_sample(x: Array, normalized_shape: tuple[int, ...], **others: Any) -> Array | None:

@@ -45,11 +45,12 @@ def pointwise(
         # Where nothing came in nothing moves, and half of the chains are asked this way.
         change = np.where(np.isfinite(y), 0.0, np.inf)
         if error.any():
-            low, high = x - error, x + error
+            # Wide enough for the rounding of float64, here and below in the differences.
+            wide = error + (error > 0) * 2.0**-52 * (np.abs(x) + error)
+            low, high = x - wide, x + wide
             ends = [low, high, *(np.clip(t, low, high) for t in turns(**arguments))]
             values = [forward(end, **arguments) for end in ends]
             change = np.max(np.abs(values - y), axis=0)
-            # These differences round in float64.
             change += (error > 0) * 2.0**-51 * np.max(np.abs([y, *values]), axis=0)
             change = np.where(np.isnan(change), np.inf, change)
         if rounds is None:

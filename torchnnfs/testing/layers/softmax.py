@@ -72,7 +72,10 @@ def _moved(
     if widest.any():
         m = np.expm1(error)
         mean = np.sum(p * m, axis=axis, keepdims=True)
-        carried = np.fmin(np.log1p(m * (1 - p) + (1 + m) * (mean - p * m)), error + widest)
+        d = m * (1 - p) + (1 + m) * (mean - p * m)
+        # The differences cancel, so the rounding of float64 counts.
+        d += (x.shape[axis] + 4) * 2.0**-52 * (m + (1 + m) * mean)
+        carried = np.fmin(np.log1p(d), error + widest)
         reached = np.exp(np.minimum(y + carried, 0.0))
     argument = u * (2 * widest - shifted)
     q = (argument + _EXP * u) * np.exp(argument)  # t exp(t) is no less than exp(t) - 1
