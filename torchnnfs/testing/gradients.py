@@ -48,24 +48,21 @@ def judge_gradients(
     assert candidate.dtype is not None
     name, device = dtype_name(candidate.dtype), str(candidate.device)
     trace = Trace(candidate.name, device, name, (), None)
+    rows = []
     with torch.inference_mode(False), torch.enable_grad():
-        return [
-            make_row(trace, path, kind, _judged(value, pair, problem.precision), None)
-            for path, kind, value, pair in _gradients(candidate, model, input, target, problem)
-        ]
+        for path, kind, value, pair in _gradients(candidate, model, input, target, problem):
+            judged = Judged(measure(value, *pair, problem.precision), ROUNDING, "NumPy")
+            rows.append(make_row(trace, path, kind, judged, None))
+    return rows
 
 
-def _judged(value: Array, pair: tuple[Array, Array], precision: Precision) -> Judged:
-    return Judged(measure(value, *pair, precision), ROUNDING, "NumPy")
-
-
-def _gradients(
-    candidate: Candidate, model: nn.Module, input: Any, target: Tensor, problem: Problem
-) -> Iterator[tuple[str, str, Array, tuple[Array, Array]]]:
+def _run(
+    candidate: Candidate, model: nn.Module, input: Any, problem: Problem
+) -> tuple[Any, Any, dict[str, Tensor], list[_Call]]:
+    """The first input, the output, the parameters and the calls of the layers, with history."""
     device, dtype = candidate.device, candidate.dtype
     assert dtype is not None
     parameters = dict(model.named_parameters())
-    names = {id(parameter): name for name, parameter in parameters.items()}
     state = state_of(model, device, dtype)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
@@ -76,27 +73,46 @@ def _gradients(
         elif state[name].is_floating_point():
             state[name].requires_grad_()
     args, kwargs = split(cast(input, device, dtype))
-    for each in (*args, *kwargs.values()):
-        if isinstance(each, Tensor) and each.is_floating_point():
-            each.requires_grad_()
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    for each in tensors:
+        each.requires_grad_(each.is_floating_point())
     calls: list[_Call] = []
-    with borrowed(model, device, dtype, state=state) as run:
+    inputs: list[Tensor] = []
+
+    # Taken before the call: behind it hooks on the gradient of the layer would be passed already.
+    def enter(path: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs.append(given[0] if given else next(iter(named.values())))
+
+    def leave(path: str, module: nn.Module, output: Tensor) -> None:
+        calls.append(_Call(path, module, inputs.pop(), output))
+
+    places = problem.model.places.items()
+    known = {path: place.module for path, place in places if place.layer is not None}
+    with borrowed(model, device, dtype, state=state) as run, hooked(known, enter, leave):
         for module in model.modules():
             if getattr(module, "inplace", False):
                 vars(module)["inplace"] = False  # else the layer's own input would be gone
-        output = _forward(run, args, kwargs, problem, calls)
+        output = run(*args, **kwargs)
     with torch.no_grad():
         for name, parameter in parameters.items():
             if not torch.equal(parameter, before[name]):  # a forward that changes its weights
                 parameter.copy_(before[name])
-    classes = _check(output, target)
+    return tensors[0], output, {name: state[name] for name in parameters}, calls
+
+
+def _gradients(
+    candidate: Candidate, model: nn.Module, input: Any, target: Tensor, problem: Problem
+) -> Iterator[tuple[str, str, Array, tuple[Array, Array]]]:
+    """Path, kind, value, and exact value and bound of each gradient."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    whole, output, parameters, calls = _run(candidate, model, input, problem)
+    classes, precision = _check(output, target), problem.precision
     target = target.to(output.device, torch.int64)
-    last = problem.model.places[problem.model.steps[-1]].layer
+    steps = problem.model.steps
+    last = problem.model.places[steps[-1]].layer
     loss, by_hand = _LOSSES.get(last.name if last else "", _LOSSES[""])
-    whole = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
-    wanted = [output, *([whole] if whole.requires_grad else []), *(call.output for call in calls)]
-    wanted += [call.input for call in calls if call.input.requires_grad]
-    wanted += [tensor for name, tensor in state.items() if name in parameters]
+    wanted = [output, *parameters.values(), *(call.output for call in calls)]
+    wanted += [each for each in (whole, *(call.input for call in calls)) if each.requires_grad]
     grads = torch.autograd.grad(loss(output, target), wanted, allow_unused=True, retain_graph=True)
     found = {id(tensor): grad for tensor, grad in zip(wanted, grads, strict=True)}
 
@@ -105,15 +121,10 @@ def _gradients(
         return np.zeros(tuple(tensor.shape), np.float64) if grad is None else to_numpy(grad)
 
     rows = np.eye(classes, dtype=np.float64)[target.cpu().numpy()]
-    yield (
-        "(loss)",
-        "dL/doutput",
-        gradient(output),
-        by_hand(to_numpy(output), rows, problem.precision),
-    )
-    steps = problem.model.steps
+    pair = by_hand(to_numpy(output), rows, precision)
+    yield "(loss)", "dL/doutput", gradient(output), pair
     is_chain = [call.path for call in calls] == steps
-    totals: dict[int, tuple[str, str, Tensor, Array, Array]] = {}
+    totals: dict[str, tuple[str, str, tuple[Array, Array]]] = {}
     for index, call in enumerate(calls):
         layer = problem.model.places[call.path].layer
         assert layer is not None
@@ -125,7 +136,7 @@ def _gradients(
         arguments = problem.exact.arguments[problem.paired[call.path]]
         x, y = to_numpy(call.input), to_numpy(call.output)
         kind = type(call.module).__name__
-        for name, pair in layer.backward(x, y, g, problem.precision, **arguments).items():
+        for name, pair in layer.backward(x, y, g, precision, **arguments).items():
             if name == "input":
                 if call.input.requires_grad:
                     given = whole if is_chain and index == 0 else call.input
@@ -134,54 +145,20 @@ def _gradients(
                 continue
             # A parametrized layer has no parameter of that name; a tied one has another's.
             full = names.get(id(getattr(call.module, name)))
-            if full is not None:
-                _add(totals, state[full], call.path, f"{kind} {_SYMBOLS[name]}", pair, problem)
-    for path, kind, tensor, exact, bound in totals.values():
-        yield path, kind, gradient(tensor), (exact, bound)
+            if full is None:
+                continue
+            path, symbol = call.path, f"{kind} {_SYMBOLS[name]}"
+            if full in totals:  # a layer called again adds up, and rounds, once more
+                path, symbol, (before, allowed) = totals[full]
+                exact = before + pair[0]
+                error = allowed + pair[1] + precision.unit * np.abs(exact)
+                pair = exact, precision.stored(exact, error)
+            totals[full] = path, symbol, pair
+    for full, (path, symbol, pair) in totals.items():
+        yield path, symbol, gradient(parameters[full]), pair
 
 
 _SYMBOLS = {"weight": "dL/dW", "bias": "dL/db"}
-
-
-def _add(
-    totals: dict[int, tuple[str, str, Tensor, Array, Array]],
-    tensor: Tensor,
-    path: str,
-    kind: str,
-    pair: tuple[Array, Array],
-    problem: Problem,
-) -> None:
-    """A layer that is called several times adds up, and rounds, once more for each."""
-    exact, bound = pair
-    if id(tensor) in totals:
-        path, kind, _, before, allowed = totals[id(tensor)]
-        exact = before + exact
-        sum_error = problem.precision.unit * np.abs(exact)
-        bound = problem.precision.stored(exact, allowed + bound + sum_error)
-    totals[id(tensor)] = (path, kind, tensor, exact, bound)
-
-
-def _forward(
-    run: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    problem: Problem,
-    calls: list[_Call],
-) -> Any:
-    """The output, and what went into and out of the layers, all with their history."""
-    inputs: list[Any] = []
-
-    # Taken before the call: behind it hooks on the gradient of the layer would be passed already.
-    def before(path: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        inputs.append(given[0] if given else next(iter(named.values())))
-
-    def after(path: str, module: nn.Module, output: Tensor) -> None:
-        calls.append(_Call(path, module, inputs.pop(), output))
-
-    places = problem.model.places.items()
-    known = {path: place.module for path, place in places if place.layer is not None}
-    with hooked(known, before, after):
-        return run(*args, **kwargs)
 
 
 def _own(call: _Call, g: Array) -> Array:
