@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Forward, Gradients, Layer, gradient
-from torchnnfs.testing.layers.reshape import collected, positions, scattered, windows
+from torchnnfs.testing.layers import Forward, Gradients, Layer, Maybe, Wrong, gradient
+from torchnnfs.testing.layers.reshape import collected, most, positions, scattered, windows
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 
+Ints = Sequence[int]
 
-def dense(x: Array, weight: Array, bias: Array | None = None) -> Array:
+
+def dense(x: Array, weight: Array, bias: Maybe = None) -> Array:
     """``y = x W^T + b``, with W of shape (out_features, in_features) as torch keeps it.
 
     As ``nnfs.init()`` has it, the dot product is accumulated in float64 and rounded once. Not by
@@ -28,7 +31,7 @@ def dense(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def dense_bound(
-    x: Array, error: Array, precision: Precision, weight: Array, bias: Array | None = None
+    x: Array, error: Array, precision: Precision, weight: Array, bias: Maybe = None
 ) -> Array:
     """``e|W| + gamma(k+1) (|x||W| + |b| + e|W|)``, k the number of inputs with a weight not zero.
 
@@ -64,7 +67,7 @@ def product(a: Array, b: Array, precision: Precision) -> tuple[Array, Array]:
 
 
 def dense_backward(
-    x: Array, y: Array, g: Array, precision: Precision, weight: Array, bias: Array | None = None
+    x: Array, y: Array, g: Array, precision: Precision, weight: Array, bias: Maybe = None
 ) -> Gradients:
     """``dL/dx = g W``, ``dL/dW = g^T x``, ``dL/db = sum g``, each a product of matrices."""
     rows, flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -79,7 +82,7 @@ def dense_backward(
 _ENOUGH = 1000
 
 
-def dense_honest(x: Array, precision: Precision, weight: Array, bias: Array | None = None) -> Array:
+def dense_honest(x: Array, precision: Precision, weight: Array, bias: Maybe = None) -> Array:
     """Errors of plain sums, one term after the other, each step rounded, in a few orders.
 
     The first begins with the bias, as many kernels do: behind a large one each step rounds more
@@ -106,17 +109,7 @@ def dense_honest(x: Array, precision: Precision, weight: Array, bias: Array | No
     return np.stack(errors)
 
 
-def rounded(values: Array, digits: int, smallest: float = 0.0) -> Array:
-    """`values` rounded to that many significant bits, and to multiples of `smallest`."""
-    with np.errstate(divide="ignore"):
-        unit = np.maximum(np.ldexp(1.0, np.frexp(values)[1] - digits), smallest)
-    nearest: Array = np.rint(values / unit) * unit
-    return nearest
-
-
-def _with_weight(
-    change: Callable[[Array], Array], forward: Forward = dense
-) -> Callable[..., Array | None]:
+def _with_weight(change: Callable[[Array], Array], forward: Forward = dense) -> Wrong:
     """A layer with other weights; None where the change leaves them as they are."""
 
     def wrong(x: Array, weight: Array, **arguments: Any) -> Array | None:
@@ -127,12 +120,7 @@ def _with_weight(
 
 
 def _patches(
-    x: Array,
-    weight: Array,
-    stride: Sequence[int],
-    padding: str | Sequence[int],
-    dilation: Sequence[int],
-    padding_mode: str,
+    x: Array, weight: Array, stride: Ints, padding: Any, dilation: Ints, padding_mode: str
 ) -> Array:
     """What each output of a convolution sees of x: (..., *positions, channels and their window)."""
     kernel, channels = weight.shape[2:], 1 - weight.ndim
@@ -140,36 +128,33 @@ def _patches(
     if padding == "same":
         pads = [(size // 2, size - size // 2) for size in reach]
     else:
-        sizes: Any = (0,) * len(kernel) if padding == "valid" else padding
-        pads = [(size, size) for size in sizes]
+        pads = [(size, size) for size in ((0,) * len(kernel) if padding == "valid" else padding)]
     modes = {"zeros": "constant", "replicate": "edge", "circular": "wrap", "reflect": "reflect"}
     view = windows(x, kernel, stride, dilation, pads, mode=modes[padding_mode])
     view = np.moveaxis(view, channels - 1, -2)
     return view.reshape(*view.shape[:-2], -1)
 
 
+def _blocks(weight: Array, groups: int) -> tuple[Array, Array]:
+    """Where a matrix (out, groups, inputs of one group) is not zero."""
+    rows = np.arange(len(weight))
+    return rows, rows // (len(weight) // groups)
+
+
 def _matrix(weight: Array, groups: int) -> Array:
     """The weight of a convolution as that of a dense layer: zero between groups."""
-    kernels = weight.reshape(groups, len(weight) // groups, -1)
-    matrix = np.zeros((*kernels.shape[:2], groups, kernels.shape[2]), weight.dtype)
-    for group in range(groups):
-        matrix[group, :, group] = kernels[group]
+    matrix = np.zeros((len(weight), groups, math.prod(weight.shape[1:])), weight.dtype)
+    matrix[_blocks(weight, groups)] = weight.reshape(len(weight), -1)
     return matrix.reshape(len(weight), -1)
-
-
-def _kernels(matrix: Array, weight: Array, groups: int) -> Array:
-    """The other way round: what `_matrix` took from the weight."""
-    blocks = matrix.reshape(groups, len(weight) // groups, groups, -1)
-    return np.stack([blocks[group, :, group] for group in range(groups)]).reshape(weight.shape)
 
 
 def convolution(
     x: Array,
     weight: Array,
-    bias: Array | None,
-    stride: Sequence[int],
-    padding: str | Sequence[int],
-    dilation: Sequence[int],
+    bias: Maybe,
+    stride: Ints,
+    padding: str | Ints,
+    dilation: Ints,
     groups: int,
     padding_mode: str,
 ) -> Array:
@@ -179,7 +164,7 @@ def convolution(
 
 
 def convolution_bound(
-    x: Array, error: Array, precision: Precision, weight: Array, bias: Array | None, **named: Any
+    x: Array, error: Array, precision: Precision, weight: Array, bias: Maybe, **named: Any
 ) -> Array:
     """That of `dense_bound`, k the inputs of one output. Transforms (Winograd, FFT) differ."""
     matrix = _matrix(weight, named.pop("groups"))
@@ -188,14 +173,7 @@ def convolution_bound(
 
 
 def convolution_backward(
-    x: Array,
-    y: Array,
-    g: Array,
-    precision: Precision,
-    weight: Array,
-    bias: Array | None,
-    groups: int,
-    **named: Any,
+    x: Array, y: Array, g: Array, precision: Precision, weight: Array, bias: Maybe, **named: Any
 ) -> Gradients:
     """Those of `dense_backward`; a number of x gets the sum over the m windows that it lies in.
 
@@ -203,21 +181,22 @@ def convolution_backward(
     order are wrong by ``m + 2`` times that at most. So for half types: each may be stored. On the
     CPU torch also adds up the gradients of their parameters as stored.
     """
+    groups = named.pop("groups")
     seen, places = _patches(x, weight, **named), _patches(positions(x), weight, **named)
-    slopes = np.moveaxis(g, 1 - weight.ndim, -1)
-    matrix = _matrix(weight, groups)
+    slopes, matrix = np.moveaxis(g, 1 - weight.ndim, -1), _matrix(weight, groups)
     found = dense_backward(seen, y, slopes, precision, matrix, bias)
     exact, bound = (collected(each, places, x) for each in found["input"])
-    m = np.max(collected(np.ones(1), places, x), initial=0.0)
-    found["input"] = gradient(exact, (m + 2) * bound, precision)
+    found["input"] = gradient(exact, (most(places, x) + 2) * bound, precision)
     sizes = dense_backward(np.abs(seen), y, np.abs(slopes), precision, matrix, bias)
     steps = (g.size / len(weight) + 1) * precision.stored_unit
     for name in found.keys() & {"weight", "bias"}:
         exact, bound = found[name]
         found[name] = exact, bound + steps * sizes[name][0]
-    exact, bound = found["weight"]
-    found["weight"] = _kernels(exact, weight, groups), _kernels(bound, weight, groups)
-    return found
+    exact, bound = (
+        each.reshape(len(weight), groups, -1)[_blocks(weight, groups)].reshape(weight.shape)
+        for each in found["weight"]
+    )
+    return {**found, "weight": (exact, bound)}
 
 
 def embedding(
@@ -252,6 +231,8 @@ def embedding_backward(
     return {"weight": scattered(g, places, weight, precision)}
 
 
+_TF32 = replace(PRECISIONS["float32"], digits=11)
+
 DENSE = Layer(
     "dense",
     dense,
@@ -262,9 +243,9 @@ DENSE = Layer(
         "a weight matrix permuted": _with_weight(lambda w: np.roll(w, 1).reshape(w.shape)),
         "a weight matrix times 1 + 1e-5": _with_weight(lambda w: w * (1 + 1e-5)),
         "a bias of 1e-6": lambda x, weight, bias=None: dense(x, weight, bias) + 1e-6,
-        "parameters rounded to TF32": _with_weight(lambda w: rounded(w, 11)),
-        "parameters rounded to bfloat16": _with_weight(lambda w: rounded(w, 8)),
-        "parameters rounded to float16": _with_weight(lambda w: rounded(w, 11, 2.0**-24)),
+        "parameters rounded to TF32": _with_weight(_TF32.round),
+        "parameters rounded to bfloat16": _with_weight(PRECISIONS["bfloat16"].round),
+        "parameters rounded to float16": _with_weight(PRECISIONS["float16"].round),
     },
     honest=dense_honest,
 )

@@ -164,6 +164,7 @@ def _gelu_slope(x: Array, y: Array, precision: Precision, approximate: str) -> t
         inner = 2 * _SLOPE * np.abs(x) * (1 + 3 * _CUBE * square)
         density = inner * gate * (1 - gate)
         wrong = inner / 4 * precision.gamma(2 * roundings + 7)
+        wrong = np.where(inner < precision.overflow, wrong, np.inf)
     else:
         density = np.abs(x) * np.exp(-square / 2) / math.sqrt(2 * math.pi)
         wrong = density * (precision.gamma(_EXP + 4) + np.expm1(square * precision.unit))
