@@ -159,9 +159,13 @@ def layer_norm_backward(
     bound = bound * inverse * (1 + relative) + relative * np.abs(exact)
     rows = tuple(range(x.ndim - len(axes)))
     found = _parameters(g, n, wrong, rows, precision, weight=weight, bias=arguments["bias"])
-    # torch multiplies g, x, w and 1 / s^3 in an order that may overflow where the result does not.
+    # torch multiplies g, w, x and 1 / s^3 in an order that may overflow, or be flushed to zero,
+    # where the result is not.
     total = np.sum(np.abs(g) + np.abs(h), axis=axes, keepdims=True)
-    largest = total * (1 + np.max(np.abs(x), axis=axes, keepdims=True)) * (1 + inverse**3)
+    far = 1 + np.max(np.abs(x), axis=axes, keepdims=True)
+    largest = total * far * (1 + inverse**3)
+    w = np.abs(1.0 if weight is None else weight)
+    bound = bound + precision.tiny * (w + 4 * far * (1 + total * far))
     return {"input": gradient(exact, bound, precision, largest), **found}
 
 
@@ -208,7 +212,9 @@ def batch_norm_backward(
     """``dL/dx = g w / s``, ``dL/dw = sum g (x - m) / s``, ``dL/db = sum g``."""
     mean, inverse, weight, _ = _channels(x, **arguments)
     exact, n = _scaled(g * inverse, weight, None), (x - mean) * inverse
-    bound = precision.gamma(8) * np.abs(exact) + (2 + inverse) * precision.tiny
+    # Of three factors the product of any two may be flushed.
+    flushed = 2 + inverse + np.abs(g) + np.abs(1.0 if weight is None else weight)
+    bound = precision.gamma(8) * np.abs(exact) + precision.tiny * flushed
     wrong = precision.gamma(8) * np.abs(n) + precision.tiny
     kept = {name: arguments[name] for name in ("weight", "bias")}
     found = _parameters(g, n, wrong, (0, *range(2, x.ndim)), precision, **kept)

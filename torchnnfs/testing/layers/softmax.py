@@ -113,9 +113,9 @@ def softmax_backward(
     """``dL/dx = p (g - sum_j g_j p_j)``, from the p that torch computed and kept."""
     total = np.sum(g * y, axis=dim, keepdims=True)
     size = np.sum(np.abs(g * y), axis=dim, keepdims=True)
-    roundings = precision.gamma(y.shape[dim or 0] + 3)
-    bound = y * roundings * (np.abs(g) + size) + 2 * precision.tiny
-    return {"input": gradient(y * (g - total), bound, precision)}
+    count = y.shape[dim or 0]
+    bound = y * precision.gamma(count + 3) * (np.abs(g) + size) + (count + 2) * precision.tiny
+    return {"input": gradient(y * (g - total), bound, precision, np.abs(g) + size)}
 
 
 def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None = -1) -> Array:
@@ -136,9 +136,10 @@ def log_softmax_backward(
 ) -> Gradients:
     """``dL/dx = g - exp(y) sum_j g_j``, from the y that torch computed and kept."""
     p, total = np.exp(y), np.sum(g, axis=dim, keepdims=True)
-    size = np.abs(g) + p * np.sum(np.abs(g), axis=dim, keepdims=True)
-    roundings = precision.gamma(y.shape[dim or 0] + _EXP + 3)
-    return {"input": gradient(g - p * total, roundings * size + 2 * precision.tiny, precision)}
+    sizes = np.sum(np.abs(g), axis=dim, keepdims=True)
+    bound = precision.gamma(y.shape[dim or 0] + _EXP + 3) * (np.abs(g) + p * sizes)
+    bound = bound + precision.tiny * (2 + sizes)  # exp(y) may be flushed
+    return {"input": gradient(g - p * total, bound, precision, np.abs(g) + sizes)}
 
 
 def _along_another(forward: Callable[..., Array]) -> Wrong:
