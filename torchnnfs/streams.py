@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import nnfs
 import numpy as np
@@ -23,9 +25,11 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
 
     Inside, ``np.dot`` accumulates in float64 and returns float32, and ``np.zeros``, ``np.eye``
     and ``np.random.randn`` give float32. Afterwards, also after an exception and when nested,
-    these four and NumPy's global random state are what they were before. They belong to the whole
-    process: other threads see the change, and a second thread that enters waits. Do not leave a
-    block by a ``yield`` or an ``await``.
+    these four and NumPy's global random state are what they were before.
+
+    Other threads go on with the functions as they were. The random state belongs to the whole
+    process, so a second thread that enters waits for the first to leave. Do not leave a block by a
+    ``yield`` or an ``await``.
 
     Args:
         generator: the stream that ``np.random.randn`` draws from. None: NumPy's global stream,
@@ -52,13 +56,35 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
         before = [getattr(*place) for place in _PATCHED]
         state = np.random.get_state(legacy=False)
         try:
-            if generator is None:
-                nnfs.init()
-            else:
-                np.random.randn = generator.randn
-                nnfs.init(random_seed=None)
+            changed = _changed(generator)
+            for (module, name), function, old in zip(_PATCHED, changed, before, strict=True):
+                setattr(module, name, _here(function, old))
             yield
         finally:
             for (module, name), function in zip(_PATCHED, before, strict=True):
                 setattr(module, name, function)
             np.random.set_state(state)
+
+
+def _changed(generator: np.random.RandomState | None) -> list[Callable[..., Any]]:
+    """What `nnfs.init()` makes of the four functions, in a stand-in for NumPy."""
+    randn = np.random.randn if generator is None else generator.randn
+    random = SimpleNamespace(randn=randn, seed=np.random.seed)
+    numpy = SimpleNamespace(dot=np.dot, zeros=np.zeros, eye=np.eye, random=random)
+    nnfs.core.np = numpy
+    try:
+        nnfs.init(random_seed=0 if generator is None else None)
+    finally:
+        nnfs.core.np = np
+    return [numpy.dot, numpy.zeros, numpy.eye, random.randn]
+
+
+def _here(function: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` in the thread that calls this, and `elsewhere` in the others."""
+    thread = threading.get_ident()
+
+    def chosen(*args: Any, **keywords: Any) -> Any:
+        here = threading.get_ident() == thread
+        return (function if here else elsewhere)(*args, **keywords)
+
+    return chosen
