@@ -8,11 +8,11 @@ test module, with the first line of its docstring as the title.
 `python -m pytest tests/compatibility --compatibility FILE` writes the lines down as JSON.
 """
 
+import functools
 import importlib.metadata
 import itertools
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -90,46 +90,35 @@ def _outcome(report):
     return (3, "passes") if report.passed else (0, "fails")
 
 
-class Layers(NamedTuple):
-    """Our classes or torch's, under torch's names, so that one test serves both."""
+def network_of(linear, *widths, dtype=torch.float32):
+    """Dense, ReLU, ..., Dense, Softmax, or torch's, with the same parameters for both.
 
-    name: str
-    Linear: type
-    ReLU: type
-    Softmax: type
-
-    def classifier(self, *widths, dtype=torch.float32):
-        """Linear, ReLU, ..., Linear, Softmax, with the same parameters for both kinds.
-
-        They are not the book's: those give 1/3 everywhere, which would hide an error.
-        """
-        generator = torch.Generator().manual_seed(0)
-        model = []
-        for n_inputs, n_neurons in itertools.pairwise(widths):
-            layer = self.Linear(n_inputs, n_neurons, dtype=dtype)
-            with torch.no_grad():
-                for parameter in layer.parameters():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
-            model += [layer, self.ReLU()]
-        model[-1] = self.Softmax(-1)
-        return nn.Sequential(*model)
+    They are not the book's: those give 1/3 everywhere, which would hide an error.
+    """
+    relu, softmax = {Dense: (ReLU, Softmax), nn.Linear: (nn.ReLU, nn.Softmax)}[linear]
+    generator = torch.Generator().manual_seed(0)
+    model = []
+    for n_inputs, n_neurons in itertools.pairwise(widths):
+        layer = linear(n_inputs, n_neurons, dtype=dtype)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        model += [layer, relu()]
+    model[-1] = softmax(-1)
+    return nn.Sequential(*model)
 
 
-OURS = Layers("torchnnfs", Dense, ReLU, Softmax)
-THEIRS = Layers("torch", nn.Linear, nn.ReLU, nn.Softmax)
-
-
-@pytest.fixture(params=[OURS, THEIRS], ids=lambda layers: layers.name)
-def layers(request):
-    """Our classes, then torch's: what is asked of ours is asked of theirs as well."""
-    return request.param
+@pytest.fixture
+def network():
+    """`network(2, 7, 3)`: a classifier of our classes with parameters that are not the book's."""
+    return functools.partial(network_of, Dense)
 
 
 @pytest.fixture
 def twins():
     """`twins(2, 7, 3)`: our classifier and torch's, with the same parameters."""
     return lambda *widths, **keywords: tuple(
-        layers.classifier(*widths, **keywords) for layers in (OURS, THEIRS)
+        network_of(linear, *widths, **keywords) for linear in (Dense, nn.Linear)
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from torchnnfs import Dense, ReLU
 from torchnnfs.classes import to_torch
 from torchnnfs.testing.precision import PRECISIONS
 
@@ -20,9 +21,9 @@ def library(name):
     "`save_file(model.state_dict(), file)`, `load_file(file)`",
     packages=("safetensors",),
 )
-def test_safetensors_saves_and_loads(layers, points, tmp_path):
+def test_safetensors_saves_and_loads(network, points, tmp_path):
     safe = library("safetensors.torch")
-    model, again = layers.classifier(2, 8, 3), layers.classifier(2, 8, 3)
+    model, again = network(2, 8, 3), network(2, 8, 3)
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.zero_()
@@ -37,11 +38,11 @@ def test_safetensors_saves_and_loads(layers, points, tmp_path):
     "`save_model(model, file)`, `load_model(model, file)`",
     packages=("safetensors",),
 )
-def test_safetensors_keeps_parameters_tied(layers, tmp_path):
+def test_safetensors_keeps_parameters_tied(tmp_path):
     safe = library("safetensors.torch")
 
     def tied():
-        model = nn.Sequential(layers.Linear(4, 4), layers.ReLU(), layers.Linear(4, 4))
+        model = nn.Sequential(Dense(4, 4), ReLU(), Dense(4, 4))
         model[2].weight = model[0].weight
         return model
 
@@ -57,10 +58,10 @@ def test_safetensors_keeps_parameters_tied(layers, tmp_path):
 
 
 @pytest.mark.feature("torchao", "`quantize_(model, Int8WeightOnlyConfig())`", packages=("torchao",))
-def test_torchao_quantizes_weights_to_int8(layers, twins):
+def test_torchao_quantizes_weights_to_int8(network, twins):
     quantization = library("torchao.quantization")
     generator = torch.Generator().manual_seed(2)
-    model = layers.classifier(64, 32, 3)
+    model = network(64, 32, 3)
     quantized = copy.deepcopy(model)
     quantization.quantize_(quantized, quantization.Int8WeightOnlyConfig())
     assert quantized[0].weight.qdata.dtype == quantized[2].weight.qdata.dtype == torch.int8
@@ -89,14 +90,14 @@ def test_torchao_quantizes_weights_to_int8(layers, twins):
 @pytest.mark.feature(
     "PEFT", '`get_peft_model(model, LoraConfig(target_modules=["0"]))`', packages=("peft",)
 )
-def test_peft_adapts_a_layer_by_name(layers):
+def test_peft_adapts_a_layer_by_name(network):
     peft = library("peft")
     generator = torch.Generator().manual_seed(2)
 
     def quarters(*shape):
         return torch.randint(-4, 5, shape, generator=generator) / 4
 
-    model = layers.classifier(2, 8, 3)
+    model = network(2, 8, 3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(quarters(*parameter.shape))
@@ -114,7 +115,7 @@ def test_peft_adapts_a_layer_by_name(layers):
     (-adapted(input)[:, 0].log().mean()).backward()
     optimizer.step()
     assert isinstance(adapted.base_model.model[0], peft.tuners.lora.layer.Linear)
-    assert isinstance(adapted.base_model.model[0].base_layer, layers.Linear)
+    assert isinstance(adapted.base_model.model[0].base_layer, Dense)
     assert torch.equal(adapted.base_model.model[0].base_layer.weight, before["0.weight"])
     assert all(torch.equal(model.get_parameter(k), before[k]) for k in ("2.weight", "2.bias"))
     assert not any(torch.equal(p, old[name]) for name, p in trained.items())
@@ -125,7 +126,7 @@ def test_peft_adapts_a_layer_by_name(layers):
             parameter.copy_(quarters(*parameter.shape))
     expected = adapted(input)
     merged = adapted.merge_and_unload()
-    assert type(merged[0]) is layers.Linear
+    assert type(merged[0]) is Dense
     assert not torch.equal(merged[0].weight, before["0.weight"])
     assert torch.equal(merged(input), expected)
 
@@ -139,9 +140,9 @@ def without_biases(model):
 @pytest.mark.feature(
     "Captum, integrated gradients", "`IntegratedGradients(model)`", packages=("captum",)
 )
-def test_captums_integrated_gradients_are_complete(layers, twins, points):
+def test_captums_integrated_gradients_are_complete(network, twins, points):
     attr = library("captum.attr")
-    model = without_biases(layers.classifier(2, 8, 3, dtype=torch.float64))
+    model = without_biases(network(2, 8, 3, dtype=torch.float64))
     points = points.double()
     found = attr.IntegratedGradients(model).attribute(points, torch.zeros_like(points), target=1)
     expected = (model(points) - model(torch.zeros_like(points)))[:, 1].detach()
@@ -172,9 +173,9 @@ def deep_lift(model, points):
 
 
 @pytest.mark.feature("Captum, DeepLift", "`DeepLift(to_torch(model))`", packages=("captum",))
-def test_captums_deep_lift_is_complete_on_torchs_own_types(layers, twins, points):
+def test_captums_deep_lift_is_complete_on_torchs_own_types(network, twins, points):
     # Of the logits: Captum's rule for a softmax is not complete, with torch's own classes either.
-    model = layers.classifier(2, 8, 3, dtype=torch.float64)[:-1]
+    model = network(2, 8, 3, dtype=torch.float64)[:-1]
     points = points.double()
     found, missing = deep_lift(to_torch(model), points)
     # Fewer than 100 roundings in a row; but a rule divides by how far a neuron has moved, which
@@ -203,14 +204,14 @@ def test_captums_deep_lift_passes_over_our_types(twins, points):
 
 
 @pytest.mark.feature("torchinfo", "`summary(model, (5, 2))`", packages=("torchinfo",))
-def test_torchinfo_counts(layers, capsys):
+def test_torchinfo_counts(network, capsys):
     torchinfo = library("torchinfo")
-    summary = torchinfo.summary(layers.classifier(2, 8, 3), (5, 2), verbose=0)
+    summary = torchinfo.summary(network(2, 8, 3), (5, 2), verbose=0)
     rows = [(row.class_name, row.output_size, row.num_params) for row in summary.summary_list[1:]]
-    names = [layers.Linear.__name__, "ReLU", layers.Linear.__name__, "Softmax"]
+    names = ["Dense", "ReLU", "Dense", "Softmax"]
     sizes = [[5, 8], [5, 8], [5, 3], [5, 3]]
     assert rows == list(zip(names, sizes, [24, 0, 27, 0], strict=True))
     assert summary.total_params == summary.trainable_params == 51
     # A linear layer counts its 24 and 27 parameters once for each of 5 rows, the others nothing.
     assert summary.total_mult_adds == 5 * (24 + 27)
-    assert f"{layers.Linear.__name__}: 1-1" in str(summary)
+    assert "Dense: 1-1" in str(summary)

@@ -1,7 +1,7 @@
 """Scaling out: several processes, sharded parameters, checkpoints.
 
-Two processes on the CPU (gloo, loopback alone) run this file as a script, do every check for our
-classes and for torch's, and write down what they got; the tests compare it with one process.
+Two processes on the CPU (gloo, loopback alone) run this file as a script, do every check, and write
+down what they got; the tests compare it with one process.
 """
 
 import datetime
@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # before a process group is made, for the reason in docs/scale-out.md
 from torch import nn
 
-from torchnnfs import classifier, spiral
+from torchnnfs import Dense, classifier, spiral
 from torchnnfs.testing.precision import PRECISIONS
 
 pytestmark = pytest.mark.skipif(
@@ -36,14 +36,14 @@ ROWS = 8
 RATE = 1 / 8
 
 
-def network(layers):
+def quarters():
     """Linear, ReLU, Linear, Softmax with multiples of 1/4 as parameters.
 
     With `batch`, every product and sum up to the logits is exact: whatever the order in which an
     engine adds, logits and probabilities have the same bits.
     """
     generator = torch.Generator().manual_seed(0)
-    model = layers.classifier(2, 8, 3)
+    model = classifier(2, 8, 3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randint(-4, 5, parameter.shape, generator=generator) / 4)
@@ -92,23 +92,21 @@ def shard(model, mesh):
     return fully_shard(model, mesh=mesh)
 
 
-def ddp(layers, mesh, folder):
-    model = nn.parallel.DistributedDataParallel(network(layers))
+def ddp(mesh, folder):
+    model = nn.parallel.DistributedDataParallel(quarters())
     return step(model, *(part[share(dist.get_rank())] for part in batch()))
 
 
-def fsdp(layers, mesh, folder):
-    model = shard(network(layers), mesh)
-    assert isinstance(model[0], layers.Linear)
+def fsdp(mesh, folder):
+    model = shard(quarters(), mesh)
+    assert isinstance(model[0], Dense)
     assert model[0].weight.to_local().shape == (4, 2)
     return step(model, *(part[share(dist.get_rank())] for part in batch()))
 
 
-def fsdp_from_meta(layers, mesh, folder):
+def fsdp_from_meta(mesh, folder):
     with torch.device("meta"):
-        model = nn.Sequential(
-            layers.Linear(2, 8), layers.ReLU(), layers.Linear(8, 3), layers.Softmax(-1)
-        )
+        model = classifier(2, 8, 3)
     shard(model, mesh).to_empty(device="cpu")
     torch.manual_seed(dist.get_rank())
     for layer in model[::2][:2]:
@@ -116,20 +114,20 @@ def fsdp_from_meta(layers, mesh, folder):
     return {"parameters": [whole(parameter) for parameter in model.parameters()]}
 
 
-def tensor_parallel(layers, mesh, folder):
+def tensor_parallel(mesh, folder):
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
         parallelize_module,
     )
 
-    model = network(layers)
+    model = quarters()
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     assert [model[0].weight.to_local().shape, model[2].weight.to_local().shape] == [(4, 2), (3, 4)]
     return step(model, *batch())
 
 
-def dtensor(layers, mesh, folder):
+def dtensor(mesh, folder):
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
     def by_rows(name, module, mesh):
@@ -137,24 +135,24 @@ def dtensor(layers, mesh, folder):
             parts = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
             module.register_parameter(key, nn.Parameter(parts))
 
-    model = distribute_module(network(layers), mesh, by_rows)
+    model = distribute_module(quarters(), mesh, by_rows)
     return step(model, *(distribute_tensor(part, mesh, [Shard(0)]) for part in batch()))
 
 
-def checkpoint(layers, mesh, folder):
+def checkpoint(mesh, folder):
     import torch.distributed.checkpoint as dcp
 
-    model = shard(network(layers), mesh)
-    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / f"checkpoint-{layers.name}")
+    model = shard(quarters(), mesh)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "checkpoint")
     return {}
 
 
-def fsdp_of_the_book(layers, mesh, folder):
+def fsdp_of_the_book(mesh, folder):
     model = shard(classifier(2, 8, 3, generator=np.random.RandomState(0)), mesh)
     return {"parameters": [whole(parameter) for parameter in model.parameters()]}
 
 
-def fsdp_of_the_book_from_meta(layers, mesh, folder):
+def fsdp_of_the_book_from_meta(mesh, folder):
     model = shard(classifier(2, 8, 3, device="meta"), mesh).to_empty(device="cpu")
     stream = np.random.RandomState(0)
     for layer in model[::2]:
@@ -163,11 +161,10 @@ def fsdp_of_the_book_from_meta(layers, mesh, folder):
 
 
 CHECKS = (ddp, fsdp, fsdp_from_meta, tensor_parallel, dtensor, checkpoint)
-BOOK_CHECKS = (fsdp_of_the_book, fsdp_of_the_book_from_meta)
+CHECKS += (fsdp_of_the_book, fsdp_of_the_book_from_meta)
 
 
 def work(rank, folder):
-    from conftest import OURS, THEIRS
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
@@ -180,18 +177,17 @@ def work(rank, folder):
     )
     mesh = init_device_mesh("cpu", (WORLD,))
     got = {}
-    for layers, checks in ((OURS, CHECKS + BOOK_CHECKS), (THEIRS, CHECKS)):
-        for check in checks:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    # torch says so of every CPU mesh: its generators are not kept in step.
-                    warnings.filterwarnings("ignore", "DTensor random operators may not have")
-                    found = check(layers, mesh, folder)
-            except Exception:
-                found = {"error": traceback.format_exc()}
-                print(f"{layers.name} {check.__name__}: {found['error']}", file=sys.stderr)
-            got[f"{layers.name} {check.__name__}"] = found
+    for check in CHECKS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                # torch says so of every CPU mesh: its generators are not kept in step.
+                warnings.filterwarnings("ignore", "DTensor random operators may not have")
+                found = check(mesh, folder)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+            print(f"{check.__name__}: {found['error']}", file=sys.stderr)
+        got[check.__name__] = found
     torch.save(got, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -240,10 +236,10 @@ def results(tmp_path_factory):
 
 @pytest.fixture
 def processes(results):
-    """`processes(check, "torch")`: what each of the two processes got with torch's classes."""
+    """`processes(check)`: what each of the two processes got."""
 
-    def found(check, name):
-        got = [result[f"{name} {check.__name__}"] for result in results[1]]
+    def found(check):
+        got = [result[check.__name__] for result in results[1]]
         for rank, answer in enumerate(got):
             if "error" in answer:
                 pytest.fail(f"process {rank}: {answer['error']}", pytrace=False)
@@ -268,12 +264,12 @@ def gradient_bounds(model, input, target):
     return [2 * PRECISIONS["float32"].gamma(11) * size for size in sums]
 
 
-def assert_is_the_single_step(layers, got, rows):
+def assert_is_the_single_step(got, rows):
     input, target = batch()
-    before = [parameter.detach().clone() for parameter in network(layers).parameters()]
-    bounds = gradient_bounds(network(layers), input, target)
-    single = step(network(layers), input, target)
-    half = step(network(layers), *(part[share(0)] for part in batch()))
+    before = [parameter.detach().clone() for parameter in quarters().parameters()]
+    bounds = gradient_bounds(quarters(), input, target)
+    single = step(quarters(), input, target)
+    half = step(quarters(), *(part[share(0)] for part in batch()))
     for rank, found in enumerate(got):
         assert torch.equal(found["output"], single["output"][rows(rank)])
         for index, bound in enumerate(bounds):
@@ -292,43 +288,41 @@ def assert_is_the_single_step(layers, got, rows):
 
 
 @pytest.mark.feature("DistributedDataParallel", "`DistributedDataParallel(model)`")
-def test_ddp_takes_the_single_step(processes, layers):
-    assert_is_the_single_step(layers, processes(ddp, layers.name), share)
+def test_ddp_takes_the_single_step(processes):
+    assert_is_the_single_step(processes(ddp), share)
 
 
 @pytest.mark.feature("FSDP2", "`fully_shard(layer)` for each layer, then `fully_shard(model)`")
-def test_fsdp_takes_the_single_step(processes, layers):
-    assert_is_the_single_step(layers, processes(fsdp, layers.name), share)
+def test_fsdp_takes_the_single_step(processes):
+    assert_is_the_single_step(processes(fsdp), share)
 
 
 @pytest.mark.feature(
     "tensor parallel", '`parallelize_module(model, mesh, {"0": ColwiseParallel(), ...})`'
 )
-def test_tensor_parallel_takes_the_single_step(processes, layers):
-    assert_is_the_single_step(
-        layers, processes(tensor_parallel, layers.name), lambda rank: slice(None)
-    )
+def test_tensor_parallel_takes_the_single_step(processes):
+    assert_is_the_single_step(processes(tensor_parallel), lambda rank: slice(None))
 
 
 @pytest.mark.feature("DTensor parameters", "`distribute_module(model, mesh, ...)`")
-def test_dtensor_takes_the_single_step(processes, layers):
-    assert_is_the_single_step(layers, processes(dtensor, layers.name), lambda rank: slice(None))
+def test_dtensor_takes_the_single_step(processes):
+    assert_is_the_single_step(processes(dtensor), lambda rank: slice(None))
 
 
 @pytest.mark.feature(
     "FSDP2 from the meta device",
     '`fully_shard`, `to_empty(device="cpu")`, then `reset_parameters()` of each `Dense`',
 )
-def test_fsdp_from_meta_draws_on_every_process(processes, layers):
+def test_fsdp_from_meta_draws_on_every_process(processes):
     # torch keeps generators in step on accelerators alone. On the CPU each process fills its rows
     # from its own generator, exactly as a layer with that many neurons does; so the processes need
     # different seeds, or their rows are the same.
     expected = []
     for rank in range(WORLD):
         torch.manual_seed(rank)
-        rows = [layers.Linear(2, 4), layers.Linear(8, 2 - rank)]  # 3 rows are 2 and 1
+        rows = [Dense(2, 4), Dense(8, 2 - rank)]  # 3 rows are 2 and 1
         expected.append([p for layer in rows for p in layer.parameters()])
-    for found in processes(fsdp_from_meta, layers.name):
+    for found in processes(fsdp_from_meta):
         for parameter, parts in zip(found["parameters"], zip(*expected, strict=True), strict=True):
             assert torch.equal(parameter, torch.cat(parts))
 
@@ -338,15 +332,15 @@ def test_fsdp_from_meta_draws_on_every_process(processes, layers):
 @pytest.mark.feature(
     "distributed checkpoint", "`torch.distributed.checkpoint.save` on two processes, `load` in one"
 )
-def test_checkpoint_of_two_processes_loads_in_one(processes, layers, results):
+def test_checkpoint_of_two_processes_loads_in_one(processes, results):
     import torch.distributed.checkpoint as dcp
 
-    processes(checkpoint, layers.name)
-    state = {"model": layers.classifier(2, 8, 3).state_dict()}
-    dcp.load(state, checkpoint_id=results[0] / f"checkpoint-{layers.name}", no_dist=True)
-    model = layers.classifier(2, 8, 3)
+    processes(checkpoint)
+    state = {"model": classifier(2, 8, 3).state_dict()}
+    dcp.load(state, checkpoint_id=results[0] / "checkpoint", no_dist=True)
+    model = classifier(2, 8, 3)
     model.load_state_dict(state["model"])
-    assert all(map(torch.equal, model.parameters(), network(layers).parameters()))
+    assert all(map(torch.equal, model.parameters(), quarters().parameters()))
 
 
 def assert_is_the_book(got):
@@ -359,14 +353,14 @@ def assert_is_the_book(got):
     "the book's weights, sharded", "`fully_shard(classifier(2, 8, 3, generator=RandomState(0)))`"
 )
 def test_the_books_weights_can_be_sharded(processes):
-    assert_is_the_book(processes(fsdp_of_the_book, "torchnnfs"))
+    assert_is_the_book(processes(fsdp_of_the_book))
 
 
 @pytest.mark.feature(
     "the book's weights, drawn into shards", "`layer.reset_parameters(RandomState(0))` after FSDP2"
 )
 def test_the_books_weights_can_be_drawn_into_shards(processes):
-    assert_is_the_book(processes(fsdp_of_the_book_from_meta, "torchnnfs"))
+    assert_is_the_book(processes(fsdp_of_the_book_from_meta))
 
 
 # The documented example ---------------------------------------------------------------------------

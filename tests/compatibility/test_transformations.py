@@ -37,7 +37,7 @@ def needs(*packages):
 def state_of(model):
     """What a transformation that leaves a module alone leaves as it was."""
     return [
-        (type(layer), sorted(vars(layer)), {name: id(p) for name, p in layer._parameters.items()})
+        (type(layer), sorted(vars(layer)), [(name, id(p)) for name, p in layer.named_parameters()])
         for layer in model.modules()
     ]
 
@@ -92,8 +92,8 @@ def test_compile(compiler, twins, points):
 
 @pytest.mark.feature("torch.compile, any batch", "`torch.compile(model, dynamic=True)`")
 @SCRIPTING
-def test_compile_dynamic(compiler, layers):
-    model = layers.classifier(2, 4, 3)
+def test_compile_dynamic(compiler, network):
+    model = network(2, 4, 3)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     compiled(torch.randn(5, 2))
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -119,8 +119,8 @@ def test_compile_sees_the_same_graph(compiler, twins, points):
 
 @pytest.mark.feature("mistakes under torch.compile", "`compiled(wrong)` raises")
 @SCRIPTING
-def test_compile_raises(compiler, layers):
-    compiled = torch.compile(layers.classifier(2, 4, 3), backend="eager")
+def test_compile_raises(compiler, network):
+    compiled = torch.compile(network(2, 4, 3), backend="eager")
     with pytest.raises((RuntimeError, ValueError)):
         compiled(torch.randn(5, 4))
 
@@ -216,8 +216,8 @@ def test_script(twins, points, tmp_path):
 
 @pytest.mark.feature("torch.jit.trace", "`torch.jit.trace(model, x)`")
 @SCRIPTING
-def test_trace(layers, points):
-    model = layers.classifier(2, 4, 3)
+def test_trace(network, points):
+    model = network(2, 4, 3)
     before = state_of(model)
     traced = torch.jit.trace(model, points)
     assert state_of(model) == before
@@ -226,8 +226,8 @@ def test_trace(layers, points):
 
 
 @pytest.mark.feature("FX tracing", "`torch.fx.symbolic_trace(model)`")
-def test_fx(layers, points):
-    model = layers.classifier(2, 4, 3)
+def test_fx(network, points):
+    model = network(2, 4, 3)
     before = state_of(model)
     traced = fx.symbolic_trace(model)
     assert state_of(model) == before
@@ -266,8 +266,8 @@ def test_fx_leaves(twins, points):
 
 
 @pytest.mark.feature("functional_call", "`torch.func.functional_call(model, parameters, (x,))`")
-def test_functional_call(layers, points):
-    model = layers.classifier(2, 4, 3)
+def test_functional_call(network, points):
+    model = network(2, 4, 3)
     other = {name: 2 * p.detach() for name, p in model.named_parameters()}
     before, expected = state_of(model), copy.deepcopy(model)
     expected.load_state_dict(other)
@@ -397,8 +397,8 @@ def test_quantize_dynamic(twins, points):
 
 
 @pytest.mark.feature("forward hooks", "`layer.register_forward_hook(hook)`, `..._pre_hook`")
-def test_forward_hooks(layers, points):
-    model = layers.classifier(2, 4, 3)
+def test_forward_hooks(network, points):
+    model = network(2, 4, 3)
     before, expected, seen = state_of(model), model(points), []
     handles = [
         model[0].register_forward_pre_hook(lambda layer, args: (2 * args[0],)),
@@ -445,8 +445,8 @@ def test_backward_hooks(twins, points):
 
 
 @pytest.mark.feature("hooks for all modules", "`register_module_forward_hook(hook)`")
-def test_global_hooks(layers, points):
-    model, seen = layers.classifier(2, 4, 3), []
+def test_global_hooks(network, points):
+    model, seen = network(2, 4, 3), []
     handle = nn.modules.module.register_module_forward_hook(
         lambda layer, args, output: seen.append(type(layer))
     )
@@ -458,10 +458,10 @@ def test_global_hooks(layers, points):
 
 
 @pytest.mark.feature("activation checkpointing", "`checkpoint_sequential(model, 2, x)`")
-def test_activation_checkpointing(layers, points):
+def test_activation_checkpointing(network, points):
     from torch.utils.checkpoint import checkpoint_sequential
 
-    model = layers.classifier(2, 4, 3)
+    model = network(2, 4, 3)
 
     def saving(input):
         return checkpoint_sequential(model, 2, input, use_reentrant=False)
@@ -490,7 +490,7 @@ def test_parametrizations(twins, points, name):
         parametrize.remove_parametrizations(layer, "weight")
         assert type(layer) is kind
         assert sorted(vars(layer)) == attributes
-        assert set(layer._parameters) == {"weight", "bias"}
+        assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
         assert (name == "weight_norm") == torch.allclose(layer.weight, weight)
         found[-1].append(model(points))
     assert_same_bits(*found)
@@ -511,14 +511,14 @@ def test_pruning(twins, points, structured):
         prune.remove(layer, "weight")
         assert not prune.is_pruned(model)
         assert sorted(vars(layer)) == before
-        assert set(layer._parameters) == {"weight", "bias"}
+        assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
         found[-1].append(model(points))
     assert_same_bits(*found)
 
 
 @pytest.mark.feature("parameters as one vector", "`parameters_to_vector(model.parameters())`")
-def test_vectors(layers, points):
-    model = layers.classifier(2, 4, 3)
+def test_vectors(network, points):
+    model = network(2, 4, 3)
     before, expected = state_of(model), model(points)
     vector = nn.utils.parameters_to_vector(model.parameters())
     assert vector.shape == (2 * 4 + 4 + 4 * 3 + 3,)
@@ -543,11 +543,11 @@ def test_clipping(twins, points):
 
 
 @pytest.mark.feature("layers without initialisation", "`nn.utils.skip_init(Dense, 2, 3)`")
-def test_skip_init(layers):
+def test_skip_init():
     state = torch.random.get_rng_state()
-    layer = nn.utils.skip_init(layers.Linear, 2, 3, dtype=torch.float64)
+    layer = nn.utils.skip_init(Dense, 2, 3, dtype=torch.float64)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert type(layer) is layers.Linear
+    assert type(layer) is Dense
     assert (layer.weight.device.type, layer.weight.dtype) == ("cpu", torch.float64)
 
 
