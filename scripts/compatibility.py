@@ -29,24 +29,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
-ORDER = ["contract", "transformations", "training", "scale_out", "ecosystem"]
+ORDER = ["contract", "transformations", "counts", "training", "scale_out", "ecosystem"]
 NOT_RUN = "not run here"
 
 TEXT = """\
 # What works with these layers
 
 `Dense`, `ReLU` and `Softmax` are an `nn.Linear`, an `nn.ReLU` and an `nn.Softmax`, so what works
-with those works with these. Behind each line below stands a test in `tests/compatibility` that asks
-of our layers what it asks of torch's. Results have the same bits as torch's on the same parameters;
-where a compiler computes in another order, they are within what rounding explains as well (and
-AOTInductor, run once, within that alone). "Not run here" claims nothing.
+with those works with these. Behind each line below stands a test in `tests/compatibility`. Results
+have the same bits as those of torch's layers or operations on the same parameters. Where a compiler
+computes in another order, they are within what rounding explains. "Not run here" claims nothing.
 `.venv/bin/python scripts/compatibility.py` runs the tests and writes this page.
 
 ## Tools that ask for the exact type
 
 Some tools look a layer's exact type up in a table, and pass over a subclass, ours as anybody's,
 without a word: `torch.ao.quantization.quantize_dynamic`, the sparsifiers of `torch.ao.pruning`,
-Captum's DeepLift. FX takes for a leaf what is defined in `torch.nn`, and traces through other
+Captum's DeepLift, and thop and ptflops, which then count too little. FX takes for a leaf what is defined in `torch.nn`, and traces through other
 classes. For them there is `to_torch`, a copy with torch's own classes and the same parameters, and
 `from_torch`, the way back:
 

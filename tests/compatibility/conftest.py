@@ -123,6 +123,14 @@ def twins():
 
 
 @pytest.fixture
+def library():
+    """`library("peft")`: that module; the test is skipped where its package is not installed."""
+    return lambda name: pytest.importorskip(
+        name, reason=f"needs {name.split('.')[0]}, which is not installed"
+    )
+
+
+@pytest.fixture
 def points():
     """A batch for networks with two inputs."""
     return torch.randn(5, 2, generator=torch.Generator().manual_seed(1))

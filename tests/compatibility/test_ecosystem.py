@@ -7,13 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from torchnnfs import Dense, ReLU
+from torchnnfs import Dense, ReLU, spiral
 from torchnnfs.classes import to_torch
 from torchnnfs.testing.precision import PRECISIONS
-
-
-def library(name):
-    return pytest.importorskip(name, reason=f"needs {name.split('.')[0]}, which is not installed")
 
 
 @pytest.mark.feature(
@@ -21,7 +17,7 @@ def library(name):
     "`save_file(model.state_dict(), file)`, `load_file(file)`",
     packages=("safetensors",),
 )
-def test_safetensors_saves_and_loads(network, points, tmp_path):
+def test_safetensors_saves_and_loads(library, network, points, tmp_path):
     safe = library("safetensors.torch")
     model, again = network(2, 8, 3), network(2, 8, 3)
     with torch.no_grad():
@@ -38,7 +34,7 @@ def test_safetensors_saves_and_loads(network, points, tmp_path):
     "`save_model(model, file)`, `load_model(model, file)`",
     packages=("safetensors",),
 )
-def test_safetensors_keeps_parameters_tied(tmp_path):
+def test_safetensors_keeps_parameters_tied(library, tmp_path):
     safe = library("safetensors.torch")
 
     def tied():
@@ -58,7 +54,7 @@ def test_safetensors_keeps_parameters_tied(tmp_path):
 
 
 @pytest.mark.feature("torchao", "`quantize_(model, Int8WeightOnlyConfig())`", packages=("torchao",))
-def test_torchao_quantizes_weights_to_int8(network, twins):
+def test_torchao_quantizes_weights_to_int8(library, network, twins):
     quantization = library("torchao.quantization")
     generator = torch.Generator().manual_seed(2)
     model = network(64, 32, 3)
@@ -90,7 +86,7 @@ def test_torchao_quantizes_weights_to_int8(network, twins):
 @pytest.mark.feature(
     "PEFT", '`get_peft_model(model, LoraConfig(target_modules=["0"]))`', packages=("peft",)
 )
-def test_peft_adapts_a_layer_by_name(network):
+def test_peft_adapts_a_layer_by_name(library, network):
     peft = library("peft")
     generator = torch.Generator().manual_seed(2)
 
@@ -140,7 +136,7 @@ def without_biases(model):
 @pytest.mark.feature(
     "Captum, integrated gradients", "`IntegratedGradients(model)`", packages=("captum",)
 )
-def test_captums_integrated_gradients_are_complete(network, twins, points):
+def test_captums_integrated_gradients_are_complete(library, network, twins, points):
     attr = library("captum.attr")
     model = without_biases(network(2, 8, 3, dtype=torch.float64))
     points = points.double()
@@ -159,8 +155,7 @@ def test_captums_integrated_gradients_are_complete(network, twins, points):
     assert torch.equal(found, theirs.attribute(points, torch.zeros_like(points), target=1))
 
 
-def deep_lift(model, points):
-    attr = library("captum.attr")
+def deep_lift(attr, model, points):
     lift = attr.DeepLift(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -173,11 +168,12 @@ def deep_lift(model, points):
 
 
 @pytest.mark.feature("Captum, DeepLift", "`DeepLift(to_torch(model))`", packages=("captum",))
-def test_captums_deep_lift_is_complete_on_torchs_own_types(network, twins, points):
+def test_captums_deep_lift_is_complete_on_torchs_own_types(library, network, twins, points):
+    attr = library("captum.attr")
     # Of the logits: Captum's rule for a softmax is not complete, with torch's own classes either.
     model = network(2, 8, 3, dtype=torch.float64)[:-1]
     points = points.double()
-    found, missing = deep_lift(to_torch(model), points)
+    found, missing = deep_lift(attr, to_torch(model), points)
     # Fewer than 100 roundings in a row; but a rule divides by how far a neuron has moved, which
     # makes the rounding of its two values larger by their size over that.
     weights = [layer.weight.detach().abs() for layer in model[::2]]
@@ -188,23 +184,24 @@ def test_captums_deep_lift_is_complete_on_torchs_own_types(network, twins, point
     bound = 2 * PRECISIONS["float64"].gamma(100) * (1 + grown) * size.sum(1)
     assert (missing <= bound).all()
     theirs = twins(2, 8, 3, dtype=torch.float64)[1][:-1]
-    assert torch.equal(found, deep_lift(theirs, points)[0])
+    assert torch.equal(found, deep_lift(attr, theirs, points)[0])
 
 
 @pytest.mark.feature("Captum, DeepLift", "`DeepLift(to_torch(model))`", packages=("captum",))
-def test_captums_deep_lift_passes_over_our_types(twins, points):
+def test_captums_deep_lift_passes_over_our_types(library, twins, points):
+    attr = library("captum.attr")
     # Captum looks a layer's exact type up, so it finds no rule for our ReLU and says nothing: what
     # comes out are gradients. When this fails, Captum has changed and to_torch is not needed.
     model = twins(2, 8, 3, dtype=torch.float64)[0][:-1]
     points = points.double().requires_grad_()
-    found, missing = deep_lift(model, points)
+    found, missing = deep_lift(attr, model, points)
     (gradient,) = torch.autograd.grad(model(points)[:, 1].sum(), points)
     assert torch.equal(found, gradient * points)
     assert missing.max() > 0.1
 
 
 @pytest.mark.feature("torchinfo", "`summary(model, (5, 2))`", packages=("torchinfo",))
-def test_torchinfo_counts(network, capsys):
+def test_torchinfo_counts(library, network, capsys):
     torchinfo = library("torchinfo")
     summary = torchinfo.summary(network(2, 8, 3), (5, 2), verbose=0)
     rows = [(row.class_name, row.output_size, row.num_params) for row in summary.summary_list[1:]]
@@ -215,3 +212,88 @@ def test_torchinfo_counts(network, capsys):
     # A linear layer counts its 24 and 27 parameters once for each of 5 rows, the others nothing.
     assert summary.total_mult_adds == 5 * (24 + 27)
     assert "Dense: 1-1" in str(summary)
+
+
+def step_by_step(model, input, target):
+    """What the trainer below does, without it: four batches of 75, SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for rows in torch.arange(len(input)).split(75):
+        optimizer.zero_grad()
+        (-model(input[rows])[range(75), target[rows]].log().mean()).backward()
+        optimizer.step()
+    return list(model.parameters())
+
+
+# Its copy of a type that torch deprecates, and its advice on worker processes.
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.feature("lightning", "`Trainer().fit(module, loader)`", packages=("lightning",))
+def test_lightning_trains(library, network):
+    lightning = library("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = network(2, 8, 3)
+
+        def training_step(self, batch, index):
+            input, target = batch
+            return -self.model(input)[range(len(input)), target].log().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    data, module = spiral(), Module()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=75)
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    lightning.Trainer(accelerator="cpu", max_epochs=1, **dict.fromkeys(quiet, False)).fit(
+        module, loader
+    )
+    assert all(map(torch.equal, module.parameters(), step_by_step(network(2, 8, 3), *data)))
+    assert not torch.equal(module.model[0].weight, network(2, 8, 3)[0].weight)
+
+
+@pytest.mark.feature("skorch", "`NeuralNetClassifier(model).fit(x, y)`", packages=("skorch",))
+def test_skorch_trains(library, network, twins):
+    skorch = library("skorch")
+    input, target = (part.numpy() for part in spiral())
+    settings = {"max_epochs": 1, "lr": 0.5, "batch_size": 75, "train_split": None, "verbose": 0}
+    found = []
+    for model in twins(2, 8, 3):
+        net = skorch.NeuralNetClassifier(model, criterion=nn.NLLLoss, **settings)
+        found.append(torch.from_numpy(net.fit(input, target).predict_proba(input)))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], network(2, 8, 3)(torch.from_numpy(input)))
+
+
+@pytest.mark.feature(
+    "torchmetrics", "`MulticlassAccuracy(3)(model(x), target)`", packages=("torchmetrics",)
+)
+def test_torchmetrics_takes_probabilities(library, network):
+    metrics = library("torchmetrics.classification")
+    input, target = spiral()
+    output = network(2, 8, 3)(input)
+    accuracy = metrics.MulticlassAccuracy(3, average="micro")(output, target)
+    assert accuracy == (output.argmax(-1) == target).float().mean()
+    assert 0 < accuracy < 1
+
+
+# It traces the model.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.feature(
+    "tensorboard", "`SummaryWriter().add_graph(model, x)`", packages=("tensorboard",)
+)
+def test_tensorboard_shows_the_graph(library, network, points, tmp_path):
+    reader = library("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = network(2, 8, 3)
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_graph(model, points)
+        writer.add_histogram("weight", model[0].weight)
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    graph = str(events.Graph())
+    names = ("Dense[0]", "ReLU[1]", "Dense[2]", "Softmax[3]")
+    assert all(f"Sequential/{name}" in graph for name in names)
+    (histogram,) = events.Histograms("weight")
+    assert histogram.histogram_value.num == 2 * 8
