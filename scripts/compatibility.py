@@ -45,9 +45,9 @@ computes in another order, they are within what rounding explains. "Not run here
 
 Some tools look a layer's exact type up in a table, and pass over a subclass, ours as anybody's,
 without a word: `torch.ao.quantization.quantize_dynamic`, the sparsifiers of `torch.ao.pruning`,
-Captum's DeepLift, and thop and ptflops, which then count too little. FX takes for a leaf what is defined in `torch.nn`, and traces through other
-classes. For them there is `to_torch`, a copy with torch's own classes and the same parameters, and
-`from_torch`, the way back:
+Captum's DeepLift, and thop and ptflops, which then count too little. FX takes for a leaf what is
+defined in `torch.nn`, and traces through other classes. For them there is `to_torch`, a copy with
+torch's own classes and the same parameters, and `from_torch`, the way back:
 
 ```python
 >>> from torch import nn

@@ -38,7 +38,7 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 def test_no_correct_network_is_called_wrong_and_no_bound_is_out_of_reach(campaign):
-    tallies, alarms = campaign.campaign(range(41), 0)
+    tallies, alarms = campaign.campaign(range(26), 0)
     assert not alarms, "\n".join(
         f"{each.kind} {each.network}:\n{each.comparison}" for each in alarms
     )
@@ -49,7 +49,7 @@ def test_no_correct_network_is_called_wrong_and_no_bound_is_out_of_reach(campaig
     assert {f"{kind}, reference NumPy" for kind in own} <= kinds
     dtypes = ["float64", "float32", "bfloat16", "float16"]
     assert {dtype for _, _, dtype in tallies} == set(dtypes)
-    assert all(tallies["dense chain", "eager", dtype].networks == 41 for dtype in dtypes)
+    assert all(tallies["dense chain", "eager", dtype].networks == 26 for dtype in dtypes)
     assert all(tally.largest <= 1 and tally.excess < 4 for tally in tallies.values())
     for dtype in dtypes[1:]:
         assert statistics.median(tallies["dense chain", "eager", dtype].dense) > 0.01
@@ -70,7 +70,7 @@ def test_a_network_is_the_same_alone(campaign):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("width", [1, 64, 1024])
+@pytest.mark.parametrize("width", [1, 64, 256])
 def test_excess_tells_right_from_wrong(campaign, width):
     (found,) = campaign.excesses([width])
     assert all(found[dtype] < 2 for dtype in ("float64", "float32", "bfloat16", "float16"))
@@ -92,14 +92,14 @@ def test_the_campaign_can_fail(campaign, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(campaign, "SLOW", ())
     monkeypatch.setattr(campaign, "WIDTHS", (4,))
     file = tmp_path / "new" / "campaign.json"
-    command = ["--networks", "4", "--json", str(file)]
+    command = ["--networks", "2", "--json", str(file)]
     assert campaign.main(command) == 0
     assert json.loads(file.read_text())["false alarms"] == []
 
     monkeypatch.setattr(ReLU, "forward", lambda self, input: F.leaky_relu(input, 1e-3))
     assert campaign.main(command) == 1
     document = json.loads(file.read_text())
-    assert document["command"].startswith("scripts/campaign.py --networks 4 --json")
+    assert document["command"].startswith("scripts/campaign.py --networks 2 --json")
     assert document["environment"]["torch"] == torch.__version__
     alarms = document["false alarms"]
     assert {alarm["dtype"] for alarm in alarms} == {"float64", "float32", "bfloat16", "float16"}
@@ -132,20 +132,20 @@ def test_what_a_tolerance_lets_through_is_what_the_page_says(campaign, capsys):
 
 
 LEAK = """
-import torch.nn.functional as F
-import torchnnfs
-torchnnfs.ReLU.forward = lambda self, input: F.leaky_relu(input, 1e-3)
+@pytest.fixture(autouse=True)
+def leak(monkeypatch):
+    leaky = torch.nn.functional.leaky_relu
+    monkeypatch.setattr("torchnnfs.ReLU.forward", lambda self, input: leaky(input, 1e-3))
 """
 
 
 def test_the_pattern_for_test_suites_passes_and_fails(tmp_path):
     (pattern,) = re.findall(r"```python\n(import pytest\n.*?)```", PAGE.read_text(), re.S)
-    (tmp_path / "test_pattern.py").write_text(pattern)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=."]
-    right = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert right.returncode == 0, right.stdout
-    assert re.search(r"^[24] passed", right.stdout, re.M)
-    (tmp_path / "conftest.py").write_text(LEAK)
-    wrong = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 1
-    assert "DISAGREES: eager on cpu in bfloat16, layer 1 ReLU" in wrong.stdout
+    (tmp_path / "test_right.py").write_text(pattern)
+    (tmp_path / "test_wrong.py").write_text(pattern + LEAK)
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "--rootdir=."]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    found = re.findall(r"^(PASSED|FAILED) (\w+)\.py", run.stdout, re.M)
+    assert set(found) == {("PASSED", "test_right"), ("FAILED", "test_wrong")}, run.stdout
+    assert len(found) in (4, 8)  # two dtypes, on a GPU as well where there is one
+    assert "DISAGREES: eager on cpu in bfloat16, layer 1 ReLU" in run.stdout
