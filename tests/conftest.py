@@ -26,6 +26,14 @@ SLOW = (
 )
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Among the quick tests, the files that have none are not even imported."""
+    if config.option.markexpr != "not slow":
+        return None
+    path = collection_path.relative_to(config.rootpath).as_posix()
+    return any(name in path for name in SLOW) or None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if any(name in item.nodeid for name in SLOW):

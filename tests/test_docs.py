@@ -7,8 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
+from torchnnfs import Dense, compare
 from torchnnfs.__main__ import main
+from torchnnfs.testing import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +40,19 @@ def test_the_constraints_satisfy_the_metadata():
     for requirement in project["project"]["dependencies"]:
         name, lowest = requirement.split(">=")
         assert [int(n) for n in pins[name].split(".")] >= [int(n) for n in lowest.split(".")]
+    for name, newest in environment.TESTED.items():
+        assert pins[name].startswith(f"{newest}.")
+
+
+def test_a_version_newer_than_the_tested_ones_is_a_line_and_no_failure(monkeypatch):
+    model, points = Dense(2, 3), torch.ones(1, 2)
+    assert "newer" not in str(compare(model, points))
+    monkeypatch.setattr(environment, "TESTED", {"torch": "2.9", "numpy": "99.0"})
+    comparison = compare(model, points)
+    assert comparison.ok
+    assert f"torch {torch.__version__} is newer than the tests have run with: 2.9." in str(
+        comparison
+    )
 
 
 def test_a_keras_model_is_a_reference(tmp_path):

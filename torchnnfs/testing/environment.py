@@ -9,6 +9,9 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
+#: The newest versions that the tests have run with; constraints.txt has them in full.
+TESTED = {"torch": "2.13", "numpy": "2.4", "nnfs": "0.5"}
+
 
 def describe(devices: Iterable[str]) -> dict[str, str]:
     """Versions, the names of `devices`, and how torch multiplies matrices."""
@@ -21,6 +24,11 @@ def describe(devices: Iterable[str]) -> dict[str, str]:
         "float32 matmul precision": matmul_precision(),
         "TF32": "on" if tf32_is_on() else "off",
     }
+
+
+def major_and_minor(text: str) -> tuple[int, ...]:
+    """(2, 13) of "2.13.0+cpu"."""
+    return tuple(int(number) for number in text.split(".")[:2])
 
 
 def device_name(device: torch.device) -> str:
@@ -42,8 +50,13 @@ def matmul_precision() -> str:
 
 
 def precision_notes(rows: Iterable[tuple[str, str, bool]]) -> list[str]:
-    """What torch's settings explain of rows of (device, dtype, ok): each cause by its name."""
-    notes, rows, beyond = [], list(rows), "which the bounds do not allow"
+    """What versions and torch's settings explain of rows of (device, dtype, ok), by name."""
+    notes = [
+        f"{name} {version(name)} is newer than the tests have run with: {tested}."
+        for name, tested in TESTED.items()
+        if major_and_minor(version(name)) > major_and_minor(tested)
+    ]
+    rows, beyond = list(rows), "which the bounds do not allow"
     wrong = {device.split(":")[0] for device, dtype, ok in rows if dtype == "float32" and not ok}
     if "cuda" in wrong and tf32_is_on():
         notes.append(
