@@ -153,7 +153,8 @@ def model(lively):
 
 
 @pytest.fixture
-def points():
+def batch():
+    """What the tests of fuse give the model, unless they need another."""
     return torch.randn(300, 2)
 
 

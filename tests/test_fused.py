@@ -38,7 +38,7 @@ def test_agrees_within_rounding(widths, end, dtype, lively):
     assert_agrees(model, input, candidates=[Candidate("fused", dtype=dtype)])
 
 
-def test_a_wrong_kernel_is_rejected(model, points, monkeypatch):
+def test_a_wrong_kernel_is_rejected(model, batch, monkeypatch):
     def wrong(self, samples, x, places, out):
         done = right(self, samples, x, places, out)
         out.mul_(1 + 2e-6)
@@ -46,7 +46,7 @@ def test_a_wrong_kernel_is_rejected(model, points, monkeypatch):
 
     right = kernel.Kernel.forward
     monkeypatch.setattr(kernel.Kernel, "forward", wrong)
-    assert not compare(model, points, candidates=["fused"]).ok
+    assert not compare(model, batch, candidates=["fused"]).ok
 
 
 def test_exponentials_of_any_size(dtype):
@@ -90,9 +90,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(model, points, layout, both):
+def test_layouts(model, batch, layout, both):
     model = fuse(model)
-    input = LAYOUTS[layout](points)
+    input = LAYOUTS[layout](batch)
     got, expected = both(model, input)
     assert got.shape == expected.shape
     rows = [both(model, row.contiguous())[0] for row in input.reshape(-1, 2)]
@@ -164,13 +164,13 @@ FOLLOWED = {
 
 
 @pytest.mark.parametrize("change", FOLLOWED)
-def test_a_change_is_followed(model, points, change):
+def test_a_change_is_followed(model, batch, change):
     fused_model = fuse(model)
     with torch.no_grad():
-        fused_model(points)
+        fused_model(batch)
         act, way = FOLLOWED[change]
         act(model)
-        input = points.to(next(model.parameters()).dtype)
+        input = batch.to(next(model.parameters()).dtype)
         torch.testing.assert_close(fused_model(input), model(input))
     assert fused_model.formulation.startswith(way)
     assert way.split(",")[0] in repr(fused_model)
@@ -195,55 +195,55 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_other_layers_are_refused(points, change, lively, both):
+def test_other_layers_are_refused(batch, change, lively, both):
     model = lively(2, 5, 3)[:-1].extend([ReLU(), Dense(3, 2, bias=False)])
     fused_model = fuse(model)
-    both(fused_model, points)
+    both(fused_model, batch)
     REFUSED[change](model)
     for call in (fused_model, lambda x: fused_model.cross_entropy(x, x[:, 0].long() * 0)):
         with pytest.raises(RuntimeError, match=r"call fuse\(model\) again"):
-            call(points)
+            call(batch)
     if change in ("replaced", "appended", "removed", "inserted", "nested"):
         assert "call fuse(model) again" in repr(fused_model)
 
 
-def test_hooks_are_called_while_they_are_there(model, points, both):
+def test_hooks_are_called_while_they_are_there(model, batch, both):
     fused_model = fuse(nn.Sequential(model[0], nn.Sequential(*model[1:])))
     for layer in (model[0], fused_model[1]):
         calls = []
         handle = layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        both(fused_model, points)
+        both(fused_model, batch)
         assert len(calls) == 2
         assert fused_model.formulation.startswith("eager, since a ")
         handle.remove()
-        both(fused_model, points)
+        both(fused_model, batch)
         assert fused_model.formulation == "kernel"
 
 
-def test_global_hooks_see_every_layer(model, points, both):
+def test_global_hooks_see_every_layer(model, batch, both):
     seen = []
     fused_model = fuse(model)
-    both(fused_model, points)
+    both(fused_model, batch)
     handle = nn.modules.module.register_module_forward_hook(lambda each, *_: seen.append(each))
     with torch.no_grad():
-        fused_model(points)
+        fused_model(batch)
         assert fused_model.formulation == "eager, since a hook is registered for all modules"
     handle.remove()
     assert seen == [*model, fused_model]
     assert fused_model.formulation == "kernel"
 
 
-def test_a_hook_elsewhere_costs_nothing(model, points, monkeypatch, both):
+def test_a_hook_elsewhere_costs_nothing(model, batch, monkeypatch, both):
     """A call after it is the same call: nothing is looked at or compiled anew."""
     fused_model = fuse(model)
-    both(fused_model, points)
+    both(fused_model, batch)
     nn.Linear(1, 1).register_forward_hook(lambda *_: None)
 
     def fail(*_):
         raise AssertionError("a way is made anew")
 
     monkeypatch.setattr(fused, "kernel", fail)
-    both(fused_model, points)
+    both(fused_model, batch)
 
 
 @pytest.mark.parametrize("swap", ["dtype and back", "new memory"])
@@ -272,14 +272,14 @@ def test_memory_stays_while_other_threads_replace_it(swap, lively, both):
     assert sum(not torch.equal(each, expected) for each in got) == 0
 
 
-def test_lazy_layers_are_fused_after_their_first_input(points, both):
+def test_lazy_layers_are_fused_after_their_first_input(batch, both):
     model = fuse(nn.Sequential(LazyDense(4), ReLU(), Dense(4, 3)))
     assert model.formulation == "eager, since a LazyDense had no input yet"
-    both(model, points)
+    both(model, batch)
     assert model.formulation == "kernel"
 
 
-def test_it_shares_everything_with_the_model(model, points, lively, both):
+def test_it_shares_everything_with_the_model(model, batch, lively, both):
     fused_model = fuse(model)
     assert list(fused_model.state_dict()) == list(model.state_dict())
     assert all(a is b for a, b in zip(fused_model.parameters(), model.parameters(), strict=True))
@@ -287,17 +287,17 @@ def test_it_shares_everything_with_the_model(model, points, lively, both):
     assert torch.equal(fused_model[0].weight, model[0].weight)
     assert isinstance(fused_model[:2], fused.Fused)
     assert len(fuse(fused_model)) == 4
-    expected = both(fused_model, points)[0]
+    expected = both(fused_model, batch)[0]
     for copied in (copy.deepcopy(fused_model), pickle.loads(pickle.dumps(fused_model))):
-        assert torch.equal(both(copied, points)[0], expected)
+        assert torch.equal(both(copied, batch)[0], expected)
         assert copied[0] is not model[0]
     assert repr(fused_model).splitlines()[1] == "  formulation: kernel"
 
 
-def test_out(model, points, lively):
+def test_out(model, batch, lively):
     model = fuse(model)
     with torch.no_grad():
-        expected = model(points)
+        expected = model(batch)
         for out in (
             torch.empty(300, 3),
             torch.empty(0),
@@ -305,7 +305,7 @@ def test_out(model, points, lively):
             torch.empty(300, 6)[:, ::2],
             torch.empty(600, 3)[300:],
         ):
-            assert model(points, out=out) is out
+            assert model(batch, out=out) is out
             torch.testing.assert_close(out, expected)
         square = fuse(lively(3, 4, 3))
         table = torch.randn(301, 3)
@@ -333,16 +333,16 @@ def test_out(model, points, lively):
         ([0.0], TypeError, "expects a torch.Tensor, got list"),
     ],
 )
-def test_an_out_that_does_not_fit(model, points, out, error, match):
+def test_an_out_that_does_not_fit(model, batch, out, error, match):
     with torch.no_grad(), pytest.raises(error, match=match):
-        fuse(model)(points, out=out)
+        fuse(model)(batch, out=out)
 
 
-def test_out_that_autograd_has_saved(model, points):
+def test_out_that_autograd_has_saved(model, batch):
     weight, out = torch.randn(300, 3, requires_grad=True), torch.randn(300, 3)
     loss = (weight * out).sum()
     with torch.no_grad():
-        fuse(model)(points, out=out)
+        fuse(model)(batch, out=out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -356,17 +356,17 @@ def test_out_that_is_a_parameter(lively):
     torch.testing.assert_close(model[0].weight.detach(), expected)
 
 
-def test_memory_that_was_given_back(model, points, both):
+def test_memory_that_was_given_back(model, batch, both):
     fused_model = fuse(model)
-    both(fused_model, points)
-    points.untyped_storage().resize_(0)
+    both(fused_model, batch)
+    batch.untyped_storage().resize_(0)
     with torch.no_grad(), pytest.raises(RuntimeError):
-        fused_model(points)
+        fused_model(batch)
 
 
-def test_out_has_no_gradient(model, points):
+def test_out_has_no_gradient(model, batch):
     with pytest.raises(RuntimeError, match=r"call it under torch.no_grad\(\)"):
-        fuse(model)(points, out=torch.empty(300, 3))
+        fuse(model)(batch, out=torch.empty(300, 3))
 
 
 @pytest.mark.parametrize(

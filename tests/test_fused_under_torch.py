@@ -54,18 +54,18 @@ def on_meta(model, x):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_transformations(model, points, name):
-    got = TRANSFORMATIONS[name](fuse(model), points)
-    expected = TRANSFORMATIONS[name](model, points)
+def test_transformations(model, batch, name):
+    got = TRANSFORMATIONS[name](fuse(model), batch)
+    expected = TRANSFORMATIONS[name](model, batch)
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
     torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_trace_follows_its_input(model, points):
+def test_a_trace_follows_its_input(model, batch):
     with torch.no_grad():
-        traced = torch.jit.trace(fuse(model), points)
-    torch.testing.assert_close(traced(points[:7]), model(points[:7]))
+        traced = torch.jit.trace(fuse(model), batch)
+    torch.testing.assert_close(traced(batch[:7]), model(batch[:7]))
 
 
 def test_fake_tensors_stay_fake():

@@ -136,7 +136,7 @@ def test_gradients_of_gradients(last, lively):
         assert fused_model.formulation == "kernel"
 
 
-def test_training(model, points):
+def test_training(model, batch):
     twins = [copy.deepcopy(model) for _ in range(3)]
     target = torch.randint(3, (300,))
     first, second, plain = fuse(twins[0]), fuse(twins[1]), twins[2]
@@ -149,7 +149,7 @@ def test_training(model, points):
         optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
         for _ in range(20):
             optimizer.zero_grad()
-            loss(points).backward()
+            loss(batch).backward()
             optimizer.step()
     for ours, too, theirs in zip(*(twin.parameters() for twin in twins), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -157,30 +157,30 @@ def test_training(model, points):
     assert not torch.equal(twins[0][0].weight, model[0].weight)
 
 
-def test_only_what_requires_a_gradient_gets_one(model, points):
+def test_only_what_requires_a_gradient_gets_one(model, batch):
     fused_model, target = fuse(model.requires_grad_(False)), torch.zeros(300, dtype=torch.long)
-    assert not fused_model(points).requires_grad
-    assert not fused_model.cross_entropy(points, target).requires_grad
-    input = points.clone().requires_grad_()
+    assert not fused_model(batch).requires_grad
+    assert not fused_model.cross_entropy(batch, target).requires_grad
+    input = batch.clone().requires_grad_()
     fused_model.cross_entropy(input, target).backward()
     assert all(each.grad is None for each in model.parameters())
     expected = torch.autograd.grad(F.cross_entropy(model[:-1](input), target), input)[0]
     torch.testing.assert_close(input.grad, expected)
     model[2].bias.requires_grad_()
-    fused_model(points).sum().backward()
+    fused_model(batch).sum().backward()
     assert [each.grad is None for each in model.parameters()] == [True, True, True, False]
 
 
-def test_backward_twice_scaled_and_after_a_change(model, points):
+def test_backward_twice_scaled_and_after_a_change(model, batch):
     fused_model, target = fuse(model), torch.randint(3, (300,))
-    loss = fused_model.cross_entropy(points, target)
+    loss = fused_model.cross_entropy(batch, target)
     once = torch.autograd.grad(loss, model[0].weight, retain_graph=True)[0]
     (3 * loss).backward(retain_graph=True)
     (3 * loss).backward()
     torch.testing.assert_close(model[0].weight.grad, 6 * once)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         loss.backward()
-    loss = fused_model.cross_entropy(points, target)
+    loss = fused_model.cross_entropy(batch, target)
     with torch.no_grad():
         model[2].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -228,28 +228,28 @@ def test_cross_entropy_of_large_and_broken_logits():
         (torch.full((300,), -1), IndexError, "Target -1 is out of bounds"),
     ],
 )
-def test_targets_that_do_not_fit(model, points, target, error, match):
+def test_targets_that_do_not_fit(model, batch, target, error, match):
     with pytest.raises(error, match=match):
-        fuse(model).cross_entropy(points, target)
+        fuse(model).cross_entropy(batch, target)
 
 
-def test_cross_entropy_along_the_samples_is_refused(model, points):
+def test_cross_entropy_along_the_samples_is_refused(model, batch):
     model[3].dim = 0
     with pytest.raises(ValueError, match=r"softmax along the classes, got Softmax\(dim=0\)"):
-        fuse(model).cross_entropy(points, torch.zeros(300, dtype=torch.long))
+        fuse(model).cross_entropy(batch, torch.zeros(300, dtype=torch.long))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_cross_entropy_where_the_layers_compute(model, points):
+def test_cross_entropy_where_the_layers_compute(model, batch):
     target, fused_model = torch.randint(3, (300,)), fuse(model)
-    expected = fused_model.cross_entropy(points, target)
+    expected = fused_model.cross_entropy(batch, target)
     calls = []
     handle = model[0].register_forward_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(fused_model.cross_entropy(points, target), expected)
+    torch.testing.assert_close(fused_model.cross_entropy(batch, target), expected)
     handle.remove()
     assert calls == [1]
     compiled = torch.compile(fused_model.cross_entropy, fullgraph=True)
-    torch.testing.assert_close(compiled(points, target), expected)
+    torch.testing.assert_close(compiled(batch, target), expected)
 
 
 LAYOUTS = {

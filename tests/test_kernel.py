@@ -58,7 +58,7 @@ COMPILERS = {
 
 @pytest.mark.parametrize("kind", COMPILERS)
 def test_without_a_kernel_there_is_one_warning(
-    no_kernel, model, points, kind, monkeypatch, tmp_path, lively, both
+    no_kernel, model, batch, kind, monkeypatch, tmp_path, lively, both
 ):
     text, warning = COMPILERS[kind]
     if text is not None:
@@ -68,17 +68,17 @@ def test_without_a_kernel_there_is_one_warning(
         monkeypatch.setattr(kernel, "COMPILE_SECONDS", 0.2)
     start = time.monotonic()
     with pytest.warns(RuntimeWarning, match=warning) as caught:
-        results = [both(fuse(each), points) for each in (model, lively(2, 6, 3))]
+        results = [both(fuse(each), batch) for each in (model, lively(2, 6, 3))]
     assert len(caught) == 1
     assert all(torch.equal(got, expected) for got, expected in results)
     assert fuse(model).formulation.split(",")[0] in ("eager", "torch.compile")
     assert time.monotonic() - start < 30
 
 
-def test_nothing_is_left_on_disk(no_kernel, points, monkeypatch, tmp_path, lively, both):
+def test_nothing_is_left_on_disk(no_kernel, batch, monkeypatch, tmp_path, lively, both):
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    both(fuse(lively(2, 5, 3)), points)
+    both(fuse(lively(2, 5, 3)), batch)
     assert isinstance(kernel.kernel.cache_info().currsize, int)
     assert kernel.kernel.cache_info().currsize == 1
     assert list(tmp_path.iterdir()) == []
@@ -109,20 +109,20 @@ def test_and_where_that_fails_eager_torch(no_kernel, model, monkeypatch, both):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compile_and_export_see_one_operation(model, points):
+def test_compile_and_export_see_one_operation(model, batch):
     fused_model = fuse(model)
     compiled = torch.compile(fused_model, fullgraph=True, dynamic=True)
     torch._dynamo.reset()
     with torch.no_grad():
-        expected = fused_model(points)
-        assert torch.equal(compiled(points), expected)
-        assert torch.equal(compiled(points[:9]), expected[:9])
-        program = torch.export.export(fused_model, (points,))
+        expected = fused_model(batch)
+        assert torch.equal(compiled(batch), expected)
+        assert torch.equal(compiled(batch[:9]), expected[:9])
+        program = torch.export.export(fused_model, (batch,))
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert calls == [torch.ops.torchnnfs.chain.default]
-    assert torch.equal(program.module()(points), expected)
-    got = torch.autograd.grad(compiled(points).log().mean(), list(model.parameters()))
-    wanted = torch.autograd.grad(model(points).log().mean(), list(model.parameters()))
+    assert torch.equal(program.module()(batch), expected)
+    got = torch.autograd.grad(compiled(batch).log().mean(), list(model.parameters()))
+    wanted = torch.autograd.grad(model(batch).log().mean(), list(model.parameters()))
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
 

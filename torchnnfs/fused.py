@@ -355,10 +355,8 @@ class Fused(nn.Sequential):
             return kernel.compiled(input, *tensors)
         except RuntimeError as error:
             result = self._eager(input)  # if this fails too, it was the input
-            said = str(error).strip().replace(" raised:
-", " raised: ")
-            kernel.reason, kernel.least = said.partition("
-")[0], math.inf
+            said = str(error).strip().replace(" raised:\n", " raised: ")
+            kernel.reason, kernel.least = said.partition("\n")[0], math.inf
             warn(f"torch.compile failed, eager torch is used: {kernel.reason}")
             return result
 
