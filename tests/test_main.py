@@ -310,7 +310,8 @@ def test_a_signal_is_one_line_and_leaves_no_file(number, status, word, tmp_path,
 @pytest.mark.parametrize("before", ["numpy", "torch.nn"])
 def test_a_signal_while_packages_are_imported_is_one_line(number, before, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import builtins, os, sys\n"
+        "import builtins, os, signal, sys\n"
+        f"signal.signal({int(number)}, signal.SIG_DFL)\n"
         "real = builtins.__import__\n"
         "def stops(name, *rest):\n"
         f"    if name == {before!r} and 'torchnnfs' in sys.modules:\n"
@@ -324,7 +325,6 @@ def test_a_signal_while_packages_are_imported_is_one_line(number, before, tmp_pa
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     word = "interrupted" if number == signal.SIGINT else "terminated"
     assert (run.returncode, run.stdout) == (128 + number, "")

@@ -150,7 +150,7 @@ RAISING = {
     in_a_block: KeyboardInterrupt,
     many_classes: ValueError,
     not_finite: ValueError,
-    failing: RuntimeError,
+    failing: ValueError,
     wrong_width: ValueError,
     wrong_input: ValueError,
 }
