@@ -52,6 +52,7 @@ from torch.nn import functional as F
 from torchnnfs import Dense, classifier, compare, spiral
 from torchnnfs.testing import Candidate, Comparison
 from torchnnfs.testing.candidates import DTYPES, choose, single
+from torchnnfs.testing.controls import AT_THE_END
 from torchnnfs.testing.environment import describe
 from torchnnfs.testing.layers.dense import dense_bound
 from torchnnfs.testing.models import arguments_of, layer_of, to_numpy
@@ -253,13 +254,6 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def excess_table(found: Sequence[dict[str, Any]]) -> str:
     headings = ["width", *(f"right, {dtype}" for dtype in DTYPES), *WRONG, "ratio of TF32"]
     return markdown(headings, [list(entry.values()) for entry in found])
-
-
-#: What can be wrong with the last layer, whatever it computes: from its output.
-AT_THE_END: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "constant output": lambda y: np.full_like(y, 1 / y.shape[-1]),
-    "swapped classes": lambda y: y[..., ::-1],
-}
 
 
 def broken(model: nn.Module, path: str, name: str) -> nn.Module:

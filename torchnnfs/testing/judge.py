@@ -171,7 +171,8 @@ def find(trace: Trace, problem: Problem, start: int = 0) -> list[Finding]:
 
 def find_formula(problem: Problem, start: int = 0) -> tuple[Trace, list[Finding]] | None:
     """Of the output of the model in float64, where a reference gives it in float64."""
-    exact = problem.model.end(PRECISIONS["float64"])
+    # The formula first: without a reference nothing else need be computed.
+    exact = None if problem.formula is None else problem.model.end(PRECISIONS["float64"])
     if problem.formula is None or exact is None:
         return None
     trace = Trace("the model", "cpu", "float64", (), exact.output)
