@@ -1,5 +1,6 @@
 import importlib
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -144,7 +145,8 @@ def test_the_pattern_for_test_suites_passes_and_fails(tmp_path):
     (tmp_path / "test_right.py").write_text(pattern)
     (tmp_path / "test_wrong.py").write_text(pattern + LEAK)
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "--rootdir=."]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    run = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
     found = re.findall(r"^(PASSED|FAILED) (\w+)\.py", run.stdout, re.M)
     assert set(found) == {("PASSED", "test_right"), ("FAILED", "test_wrong")}, run.stdout
     assert len(found) in (4, 8)  # two dtypes, on a GPU as well where there is one
