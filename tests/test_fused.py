@@ -20,15 +20,17 @@ from torchnnfs import (
 )
 from torchnnfs.testing import Candidate, assert_agrees
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+#: Each is a kernel to compile, so not every network is in every dtype.
 CHAINS = [
-    ((2, 64, 64, 3), "softmax"),
-    ((1, 1), "logits"),
-    ((13, 1, 8), "relu"),
-    ((3, 97, 256, 2), "softmax"),
+    *((dtype, (3, 97, 256, 2), "softmax") for dtype in DTYPES),
+    *((dtype, (2, 64, 64, 3), "softmax") for dtype in DTYPES[1:3]),
+    *((dtype, (13, 1, 8), "relu") for dtype in DTYPES[::2]),
+    *((dtype, (1, 1), "logits") for dtype in DTYPES[1::2]),
 ]
 
 
-@pytest.mark.parametrize(("widths", "end"), CHAINS, ids=str)
+@pytest.mark.parametrize(("dtype", "widths", "end"), CHAINS, ids=str)
 def test_agrees_within_rounding(widths, end, dtype, lively):
     model = lively(*widths, dtype=dtype, bias=end != "logits")
     if end != "softmax":

@@ -268,7 +268,7 @@ def test_an_absent_extra_is_named(monkeypatch, capsys):
     assert "Skipped: jax needs jax: pip install 'torchnnfs[jax]'." in out
 
 
-@pytest.mark.parametrize("command", ["page", "compare --candidates eager", "compare --json -"])
+@pytest.mark.parametrize("command", ["page", "compare --json -"])
 def test_a_reader_that_stops_reading_is_no_error(command):
     whole = [sys.executable, "-m", "torchnnfs", *command.split(), "--device", "cpu"]
     with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:

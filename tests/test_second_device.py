@@ -7,7 +7,7 @@ import pytest
 
 HERE = Path(__file__).parent
 #: Tests for each device, and what of them torch's spare device type has not, or takes too long.
-SHARED = ["test_modules.py", "test_spiral.py", "test_book.py", "testing/test_controls.py"]
+SHARED = ["test_modules.py", "test_spiral.py", "testing/test_controls.py"]
 NO_GENERATOR = ["test_dense_from_torch_is_001_randn", "test_from_torch_it_follows_the_formula"]
 NO_STORAGE = ["test_output_is_kept_without_history"]
 SLOW = ["test_a_batch_is_its_rows", "test_wide", "test_ten_million_samples"]

@@ -113,7 +113,7 @@ def test_gradients_stay_within_their_bounds(layer, module, shape, data):
 
 @quick
 @given(st.data())
-def test_fractions_stay_within_half_of_the_bound_of_a_dense_layer(data):
+def test_fractions_stay_within_the_bound_of_a_dense_layer(data):
     """The sum of the products as fractions: exact, whatever overflows or is subnormal."""
     x, weight, bias = (
         data.draw(arrays(np.float32, shape, elements=NUMBERS)) for shape in [(4,), (2, 4), (2,)]

@@ -284,7 +284,7 @@ class Noisy(nn.Linear):
         return y * (1 + 1e-6 * torch.randn(y.shape, generator=noise))
 
 
-@pytest.mark.parametrize(("kind", "width"), [(Rounded, 1024), (Rounded, 4096), (Noisy, 128)])
+@pytest.mark.parametrize(("kind", "width"), [(Rounded, 1024), (Noisy, 128)])
 def test_what_the_worst_case_lets_through_in_wide_layers_is_found(kind, width):
     input = torch.randn(200, width)
     right = compare(nn.Linear(width, 64), input, candidates=["eager"])
