@@ -21,6 +21,9 @@ SLOW = (
     *("compatibility/", "test_campaign.py", "test_candidates.py", "test_chapters.py"),
     *("test_docs.py", "test_everybody.py", "test_fused", "test_gradients.py", "test_html.py"),
     *("test_kernel.py", "test_main.py", "test_notebook.py", "test_plot.py", "test_reference.py"),
+    *("properties.py", "test_batches.py", "test_comparison.py", "test_golden.py"),
+    *("test_package.py", "test_report.py", "test_scripts.py", "test_second_device.py"),
+    "test_threads.py",
     *("test_forward_mode", "test_importing_seeds", "test_the_page_whatever"),
     *("test_transformations_leave", ".md"),
 )
