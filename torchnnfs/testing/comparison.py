@@ -175,7 +175,8 @@ def compare(
             neither computes nor holds numbers.
         ValueError: an `input` that is empty, not finite or on the meta device; parameters that are
             not finite or on the meta device; layers in training mode that depend on chance; a
-            reference that cannot compute; an unknown candidate; `backward` without a fitting
+            reference that cannot compute; a model whose forward fails, with what it raised as the
+            cause; an unknown candidate; `backward` without a fitting
             `target`, or with a reference whose layers cannot be paired; `backward` or a golden file
             with batches; no batch; an array as reference that has other rows than the batches.
 
