@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from torchnnfs.testing.layers import dense, normalise, pointwise, reshape, softmax
+from torchnnfs.testing.measure import measure
 from torchnnfs.testing.precision import PRECISIONS
 
 FLOAT32 = PRECISIONS["float32"]
@@ -140,3 +141,30 @@ def test_rounding_and_units_are_numpys(values):
     unit = FLOAT32.ulp(rounded)[finite & (rounded != 0)]
     step = np.abs(rounded - toward_zero)[finite & (rounded != 0)]
     assert ((unit == step) | (unit == 2 * step)).all()
+
+
+@settings(derandomize=True, database=None, max_examples=200, deadline=None)
+@given(
+    arrays(np.float64, (2, 3), elements=st.floats(-1e38, 1e38)),
+    st.integers(0, 5),
+    st.integers(1, 40),
+)
+def test_measure_finds_the_one_number_that_is_not_correctly_rounded(exact, place, steps):
+    value = exact.astype(np.float32)
+    half = 0.5 * FLOAT32.ulp(exact)
+    right = measure(value, exact, half, FLOAT32)
+    assert (right.equal, right.unbounded, right.size) == (6, 0, 6)
+    assert right.max_ulp <= 0.5
+    assert right.ratio <= 1
+
+    index = np.unravel_index(place, value.shape)
+    for _ in range(steps):
+        value[index] = np.nextafter(value[index], np.float32(np.inf))
+    wrong = measure(value, exact, half, FLOAT32)
+    assert (wrong.worst.index, wrong.worst.value) == (index, value[index])
+    assert wrong.worst.expected == exact[index]
+    assert wrong.equal == 5
+    assert wrong.ratio >= 1
+    assert wrong.max_abs == np.abs(value.astype(np.float64) - exact).max()
+    # Across a power of two the numbers lie half or twice as far apart.
+    assert steps / 2 - 0.5 <= wrong.max_ulp <= 2 * steps + 0.5
