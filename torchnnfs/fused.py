@@ -35,6 +35,7 @@ from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
 
 AGAIN = "the model's layers are not those that fuse saw; call fuse(model) again"
 _KNOWN = (Dense, LazyDense, ReLU, Softmax, nn.Linear, nn.ReLU, nn.Softmax)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = frozenset([Tensor, nn.Parameter])
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
@@ -86,7 +87,7 @@ class _Structure:
         return {**vars(self), "held": {}}
 
     def why_not(self) -> str:
-        for module, kind in self.parts:
+        for module, kind in self.parts:  # spelled out, since each call pays for it
             here = module.__dict__
             if type(module) is not kind:
                 if type(module) is LazyDense:
@@ -340,13 +341,7 @@ class Fused(nn.Sequential):
     def _eager(self, input: Tensor) -> Tensor:
         here = self._structure.model.__dict__
         # Else the layers are called: the model is no submodule of this, which tracing expects.
-        if (
-            here["_forward_hooks"]
-            or here["_forward_pre_hooks"]
-            or here["_backward_hooks"]
-            or here["_backward_pre_hooks"]
-            or "forward" in here
-        ):
+        if "forward" in here or any(here[name] for name in _HOOKS):
             return cast(Tensor, self._structure.model(input))
         return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
 

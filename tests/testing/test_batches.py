@@ -205,3 +205,10 @@ def test_a_killed_process_ends_the_run():
     started[1].communicate(timeout=60)
     assert started[0].returncode == 2
     assert "expects 2 processes to the end, but one of them has stopped" in words
+
+
+def test_a_world_without_a_meeting_place_is_one_process(monkeypatch, capsys):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["compare", "--no-controls", "--candidates", "eager"]) == 0
+    assert "processes" not in capsys.readouterr().out

@@ -71,7 +71,8 @@ def shown(input: Any) -> Iterator[tuple[Callable[[str], object], Callable[[int],
 @contextmanager
 def processes() -> Iterator[dist.ProcessGroup | None]:
     """The processes of torchrun, where it started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    # Some clusters set WORLD_SIZE alone; torchrun says as well where the processes meet.
+    if "MASTER_ADDR" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield None
         return
     # Imported after the group is made it would keep the group, and its threads, to the end.
