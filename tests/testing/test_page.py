@@ -38,10 +38,12 @@ def test_a_digit_that_is_not_the_books_is_marked_and_explained(computed):
     right, text = printed(wrong)
     assert right
     last = PAGE.splitlines()[-1].replace("0.3333324 ", "0.33333248")
-    assert text.count("^") == 1
+    assert text.count("^") == 2  # under the digit, and where it is explained
     assert f"{last}\n{' ' * last.index('48')} ^\n" in text
-    reason = "1 of 900 numbers differ after exp, because its float32 exp is not correctly rounded."
-    assert f"\nanother: {reason}\n" in text
+    reason = "because its float32 exp is an approximation, which is not correctly rounded."
+    said = f"another: 1 of the 900 numbers in all 300 rows differ after exp, {reason}"
+    assert "\n^ marks a digit that is not the book's.\n" in text
+    assert f"\n{said}\n" in text
 
 
 def test_a_page_that_is_not_the_books_is_wrong(computed):
@@ -63,4 +65,5 @@ def test_each_rival_says_where_its_bits_first_differ_and_why(computed):
         if first is None:
             assert said == "no bit differs in all 300 rows."
         else:
-            assert said.startswith(f"{differ[first]} of 900 numbers differ after {first}, because")
+            count = f"{differ[first]} of the 900 numbers in all 300 rows differ"
+            assert said.startswith(f"{count} after {first}, because")

@@ -30,8 +30,8 @@ PAGE = """\
  [0.33333233 0.3333324  0.33333528]]"""
 
 _REASONS = {
-    "dense 1": "its dot product accumulates in float32, the book's in float64 (nnfs.init())",
-    "exp": "its float32 exp is not correctly rounded",
+    "dense 1": "it adds up in float32, where the book adds up in float64 (by nnfs.init())",
+    "exp": "its float32 exp is an approximation, which is not correctly rounded",
     "softmax": "it sums or divides in another way",
 }
 
@@ -81,6 +81,8 @@ def show(computed: dict[str, Steps], console: Console) -> bool:
         console.print()
     (title, ours), *rivals = computed.items()
     right = texts[title] == PAGE
+    if len(set(texts.values())) > 1 or not right:
+        console.print("^ marks a digit that is not the book's.", soft_wrap=True)
     words = "prints what the book prints, digit for digit" if right else "prints other digits"
     console.print(f"{title} {words}.", soft_wrap=True)
     for rival, steps in rivals:
@@ -93,5 +95,8 @@ def _compared(title: str, steps: Steps, right: Steps) -> str:
     for step, values in steps.items():
         if differ := np.count_nonzero(values != right[step]):
             why = _REASONS.get(step, "of a difference in arithmetic")
-            return f"{title}: {differ} of {values.size} numbers differ after {step}, because {why}."
+            return (
+                f"{title}: {differ} of the {values.size} numbers in all {len(values)} rows differ "
+                f"after {step}, because {why}."
+            )
     return f"{title}: no bit differs in all {len(right['softmax'])} rows."
