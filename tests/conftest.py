@@ -14,6 +14,7 @@ from torch import nn
 
 from torchnnfs import Dense, ReLU, Softmax, classifier, compare, spiral
 from torchnnfs.testing.candidates import devices_here
+from torchnnfs.testing.models import LAYERS
 
 #: Files whose tests compile, start processes, train, draw or take many comparisons, and single
 #: tests that do; scripts/test --quick leaves them out.
@@ -174,6 +175,22 @@ def _unchanged_process():
     torch.manual_seed(0)
     yield
     assert before == (np.dot, np.zeros, np.eye, np.random.randn, torch.get_default_dtype())
+
+
+@pytest.fixture
+def chapter(stream):
+    """The chapter's network and its data."""
+    points, _ = spiral(generator=stream)
+    return classifier(2, 3, 3, generator=stream), points
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_table():
+    """No test leaves a registered layer behind."""
+    before = dict(LAYERS)
+    yield
+    LAYERS.clear()
+    LAYERS.update(before)
 
 
 @pytest.fixture(scope="session")

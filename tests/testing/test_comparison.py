@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchnnfs import Dense, ReLU, Softmax, classifier, compare, spiral
+from torchnnfs import Dense, ReLU, Softmax, classifier, compare
 from torchnnfs.testing import Candidate, assert_agrees
 
 
@@ -44,12 +44,6 @@ class Residual(nn.Module):
     def forward(self, input):
         input = input + self.branch["relu"](self.branch["dense"](input))
         return torch.softmax(self.shared(self.shared(input)), -1)
-
-
-@pytest.fixture
-def chapter(stream):
-    points, _ = spiral(generator=stream)
-    return classifier(2, 3, 3, generator=stream), points
 
 
 def edit(model, change):

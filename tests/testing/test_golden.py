@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from torchnnfs import Dense, ReLU, classifier, compare, spiral
+from torchnnfs import Dense, ReLU, classifier, compare
 from torchnnfs.__main__ import main
 from torchnnfs.testing import Candidate
 from torchnnfs.testing.candidates import devices_here
-
-
-@pytest.fixture
-def chapter(stream):
-    points, _ = spiral(generator=stream)
-    return classifier(2, 3, 3, generator=stream), points
 
 
 @pytest.fixture

@@ -12,58 +12,40 @@ from torchnnfs import ReLU, classifier, compare, spiral
 from torchnnfs.testing import Candidate, html, report
 
 
-class LeakyReLU(ReLU):
-    def forward(self, input):
-        return torch.where(input > 0, input, 0.01 * input)
-
-
-@pytest.fixture
-def right(stream):
-    points, _ = spiral(generator=stream)
-    return compare(classifier(2, 3, 3, generator=stream), points)
-
-
-@pytest.fixture
-def wrong(stream):
-    points, _ = spiral(generator=stream)
-    model = classifier(2, 3, 3, generator=stream)
-    model[1] = LeakyReLU()
-    return compare(model, points)
-
-
 def printed(comparison, **options):
     buffer = io.StringIO()
     report.show(comparison, Console(file=buffer, **options))
     return buffer.getvalue()
 
 
-def test_colour_on_a_terminal_alone(wrong, monkeypatch):
+def test_colour_on_a_terminal_alone(disagreeing, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert "\x1b[" not in printed(wrong)
-    assert re.search(r"\x1b\[1;31mdiffers", printed(wrong, force_terminal=True))
+    assert "\x1b[" not in printed(disagreeing)
+    assert re.search(r"\x1b\[1;31mdiffers", printed(disagreeing, force_terminal=True))
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not re.search(r"\x1b\[[\d;]*3[12]", printed(wrong, force_terminal=True))
+    assert not re.search(r"\x1b\[[\d;]*3[12]", printed(disagreeing, force_terminal=True))
 
 
 @pytest.mark.parametrize("width", [20, 80, 200])
-def test_no_number_is_cut_off(right, width):
-    wide = printed(right, width=500)
+def test_no_number_is_cut_off(agreeing, width):
+    wide = printed(agreeing, width=500)
     rows = [line.split() for line in wide.splitlines() if line.startswith("│")]
-    assert [line.split() for line in printed(right, width=width).splitlines() if "│" in line][
+    assert [line.split() for line in printed(agreeing, width=width).splitlines() if "│" in line][
         -len(rows) :
     ] == rows
 
 
-def test_the_verdict_is_the_last_line(right, wrong):
-    assert str(right).splitlines()[-1].startswith("AGREES: every layer of eager in float32, numpy")
-    last = str(wrong).splitlines()[-1]
-    assert last.startswith("DISAGREES: eager on cpu in float32, layer 1 LeakyReLU is the first to")
+def test_the_verdict_is_the_last_line(agreeing, disagreeing):
+    first = "AGREES: every layer of eager in float32, numpy"
+    assert str(agreeing).splitlines()[-1].startswith(first)
+    last = str(disagreeing).splitlines()[-1]
+    assert last.startswith("DISAGREES: eager on cpu in float32, layer 1 ReLU is the first to")
     assert re.search(r"-\d\S* at \[\d+, \d\] where NumPy gives 0, \S+e\+\d+ times what", last)
 
 
-def test_markdown(right, wrong):
-    for comparison in (right, wrong):
+def test_markdown(agreeing, disagreeing):
+    for comparison in (agreeing, disagreeing):
         text = comparison.to_markdown()
         assert text.startswith(f"**{comparison.verdict}**\n\n| candidate | device |")
         table = [line for line in text.splitlines() if line.startswith("|")]
@@ -71,7 +53,7 @@ def test_markdown(right, wrong):
         assert len({line.replace(r"\|", "").count("|") for line in table}) == 1
         assert "torch " in text.splitlines()[-1]
     # The comparison is left as it was: its table still has its own frame.
-    assert "┃ max |error| ┃" in str(right)
+    assert "┃ max |error| ┃" in str(agreeing)
 
 
 def test_what_cannot_be_told_apart_is_named(stream):
@@ -94,40 +76,40 @@ def test_numpys_exp_is_named_where_it_is_not_exact():
 
 
 @pytest.mark.parametrize("name", ["\x1b[31m", "a\nb", "\r", "\u202e"])
-def test_no_name_commands_a_terminal_or_breaks_a_line(name, right):
-    rows = [replace(row, candidate=name, device=name, layer=name) for row in right.rows]
+def test_no_name_commands_a_terminal_or_breaks_a_line(name, agreeing):
+    rows = [replace(row, candidate=name, device=name, layer=name) for row in agreeing.rows]
     rows[1] = replace(rows[1], state="differs", reason=name)
     changed = {"notes": (name,), "unjudged": (name,), "environment": {name: name}}
-    comparison = replace(right, rows=tuple(rows), **changed)
+    comparison = replace(agreeing, rows=tuple(rows), **changed)
     for text in (str(comparison), comparison.to_markdown(), html.page(comparison)):
         assert all(char.isprintable() or char == "\n" for char in text)
         assert ascii(name)[1:-1] in text.replace("\\\\", "\\")
     assert "\n" not in comparison.verdict
 
 
-def test_markdown_shows_a_name_as_it_is(right):
+def test_markdown_shows_a_name_as_it_is(agreeing):
     name = "<img src=x> | [a](b) `c` *d* _e_"
-    rows = tuple(replace(row, layer=name) for row in right.rows)
-    text = replace(right, rows=rows, notes=(name,)).to_markdown()
+    rows = tuple(replace(row, layer=name) for row in agreeing.rows)
+    text = replace(agreeing, rows=rows, notes=(name,)).to_markdown()
     shown = r"\<img src=x> \| [a\](b) \`c\` \*d\* \_e\_"
     assert f"\n- {shown}\n" in text
     assert text.count(f"| {shown} Dense |") == 4
 
 
-def test_units_of_float64_are_left_out_where_they_mean_nothing(right):
-    row = replace(right.rows[0], candidate="the model", dtype="float64", max_ulp=2e9)
+def test_units_of_float64_are_left_out_where_they_mean_nothing(agreeing):
+    row = replace(agreeing.rows[0], candidate="the model", dtype="float64", max_ulp=2e9)
     shown = dict(zip(report.HEADINGS, report.cells(row), strict=True))
     assert (shown["max ULP"], shown["bits equal"]) == ("", "")
     assert shown["max |error|"] != ""
 
 
-def test_the_verdict_says_what_was_not_called_or_judged(right):
-    uncalled = replace(right, notes=("Never called, so not judged: a.",))
+def test_the_verdict_says_what_was_not_called_or_judged(agreeing):
+    uncalled = replace(agreeing, notes=("Never called, so not judged: a.",))
     assert uncalled.verdict.startswith("AGREES: every layer that was called of eager in float32")
-    partly = replace(right, unjudged=("2 Net",))
+    partly = replace(agreeing, unjudged=("2 Net",))
     controls = [line for line in report.remarks(partly) if line.startswith("Controls")]
     assert controls[0].endswith("They break layers with a formula, not 2 Net.")
-    assert "of its bound" in right.verdict
+    assert "of its bound" in agreeing.verdict
 
 
 def test_names_are_printed_as_they_are():
