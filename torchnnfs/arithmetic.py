@@ -124,14 +124,10 @@ def exp(x: Tensor) -> Tensor:
         power = power * r
         power = power + coefficient
     # In two steps, since 2**n may be no normal number.
-    half = (n * 0.5).floor()
-    return power * _power_of_two(half) * _power_of_two(n - half)
-
-
-def _power_of_two(n: Tensor) -> Tensor:
-    """``2.0**n`` for whole n from -1022 to 1023, exactly, by the bits of a float64."""
-    bits = (n.nan_to_num().to(torch.int64) + 1023) << 52
-    return bits.view(torch.float64)
+    powers = torch.full((542,), 0.5, dtype=r.dtype, device=r.device).cumprod(0) * 2  # exact
+    n = n.neg().nan_to_num().to(torch.int64)
+    half = n >> 1
+    return power * powers[half] * powers[n - half]
 
 
 def row_sum(x: Any) -> Any:
