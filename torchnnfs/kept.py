@@ -60,7 +60,9 @@ class Keeps(nn.Module):
                 result.data_ptr()
             except RuntimeError:  # there are no values inside a transformation like vmap
                 kept = None, None
-        vars(self).update(_inputs=kept[0], _output=kept[1])
+        # In this form dynamo follows it, in older versions of torch, too.
+        object.__setattr__(self, "_inputs", kept[0])
+        object.__setattr__(self, "_output", kept[1])
         return result
 
     def _received(self, dvalues: Inputs, kept: Any, *last: int) -> NDArray[Any]:

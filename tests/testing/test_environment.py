@@ -8,7 +8,7 @@ from torchnnfs.testing.environment import describe, precision_notes
 def test_describe_names_versions_and_devices():
     facts = describe(["cpu", "cpu"])
     assert facts["torch"] == torch.__version__
-    assert "threads" in facts["device cpu"]
+    assert "thread" in facts["device cpu"]
     assert facts["TF32"] in ("on", "off")
 
 

@@ -35,7 +35,8 @@ def device_name(device: torch.device) -> str:
     """The name of an accelerator as its driver gives it, or what torch makes of the CPU."""
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        return f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{platform.machine()}, {capability}, {threads} thread{'s' * (threads != 1)}"
     module = torch.get_device_module(device)
     name = getattr(module, "get_device_name", None)
     return str(name(device)) if name else device.type

@@ -13,7 +13,7 @@ import numpy as np
 
 from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Expected
 from torchnnfs.testing.layers import Layer
-from torchnnfs.testing.measure import Worst, measure, same
+from torchnnfs.testing.measure import Worst, measure, same, unlike
 from torchnnfs.testing.merge import Finding, Sample
 from torchnnfs.testing.merge import Judged as Judged
 from torchnnfs.testing.models import leaves, split
@@ -177,6 +177,8 @@ def find_formula(problem: Problem, start: int = 0) -> tuple[Trace, list[Finding]
         return None
     trace = Trace("the model", "cpu", "float64", (), exact.output)
     words = "in float64 this is no rounding: the code or the parameters differ"
+    if list(problem.reference.sources) == [""]:
+        words += "; a reference that maps layers to functions or arrays shows where"
     here = Finding("", "(output)", "", type(problem.model.model).__name__, remark=words)
     part = _Part(start, rows_in(problem.model.input))
     return trace, list(_measured(trace, here, exact.output, None, problem.formula, part))
@@ -249,6 +251,10 @@ def _measured(
         yield replace(here, leaf=name, isolated=alone, chained=whole)
 
 
+def _arrays(count: int) -> str:
+    return f"{count} array{'s' * (count != 1)}"
+
+
 def _judged(
     values: list[Array], expected: Expected, index: int, trace: Trace, part: _Part
 ) -> Judged:
@@ -256,8 +262,9 @@ def _judged(
     theirs, bounds = list(expected.values.values()), list(expected.bounds.values())
     precision = PRECISIONS[trace.dtype]
     if len(values) != len(theirs):
-        counts = np.zeros(len(values)), np.zeros(len(theirs))
-        return Judged(measure(*counts, np.zeros(1), precision), expected.basis, expected.source)
+        named = f" ({', '.join(expected.bounds)})" if len(theirs) > 1 else ""
+        counts = f"{_arrays(len(values))}", f"{_arrays(len(theirs))}{named}"
+        return Judged(unlike(*counts), expected.basis, expected.source)
     value, exact, bound = values[index], theirs[index], bounds[index]
     if bound.shape != exact.shape:
         bound = np.full(exact.shape, np.max(bound, initial=0.0))
@@ -318,8 +325,8 @@ def make_row(
 def _reason(judged: Judged) -> str:
     measured, source = judged.measured, judged.source
     worst = measured.worst
-    if measured.shapes:
-        return f"shape {measured.shapes[0]} where {source} gives {measured.shapes[1]}"
+    if measured.unlike:
+        return f"{measured.unlike[0]} where {source} gives {measured.unlike[1]}"
     times = f"{measured.ratio:.3g} times" if np.isfinite(measured.ratio) else "infinitely far from"
     return (
         f"{worst.value:.9g} at {list(worst.index)} where {source} gives {worst.expected:.9g}, "

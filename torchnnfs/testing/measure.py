@@ -42,7 +42,7 @@ class Measured:
         ulps: number of elements with errors in ULP up to each of `ULP_EDGES`.
         unbounded: number of elements that could not be judged, since the dtype may overflow.
         size: number of elements.
-        shapes: that of the array and the expected one, where they differ.
+        unlike: the array and the expected one in words, where their shapes differ.
     """
 
     max_abs: float
@@ -53,7 +53,7 @@ class Measured:
     ulps: tuple[int, ...]
     unbounded: int
     size: int
-    shapes: tuple[tuple[int, ...], ...] = ()
+    unlike: tuple[str, ...] = ()
 
     def joined(self, other: Measured) -> Measured:
         """Both as one; of two equal ratios the one counts that comes first in the whole."""
@@ -69,7 +69,7 @@ class Measured:
             ulps=tuple(map(sum, zip(self.ulps, other.ulps, strict=True))),
             unbounded=self.unbounded + other.unbounded,
             size=self.size + other.size,
-            shapes=first.shapes,
+            unlike=first.unlike,
         )
 
 
@@ -77,6 +77,12 @@ class Measured:
 _BLOCK = 1 << 14
 
 _NOWHERE, _NONE = Worst((), math.nan, math.nan), (0,) * len(ULP_EDGES)
+
+
+def unlike(value: str, exact: str) -> Measured:
+    """Of what cannot be compared, in words."""
+    words = value, exact
+    return Measured(math.inf, math.inf, 0, math.inf, _NOWHERE, _NONE, 0, 1, words)
 
 
 def same(value: Array) -> Measured:
@@ -94,8 +100,7 @@ def measure(
     """
     value, exact = np.asarray(value), np.asarray(exact)
     if value.shape != exact.shape:
-        shapes = value.shape, exact.shape
-        return Measured(math.inf, math.inf, 0, math.inf, _NOWHERE, _NONE, 0, 1, shapes)
+        return unlike(f"shape {value.shape}", f"shape {exact.shape}")
     if not value.size:
         return Measured(0.0, 0.0, 0, 0.0, _NOWHERE, _NONE, 0, 0)
     bound = np.broadcast_to(bound, exact.shape)

@@ -168,7 +168,7 @@ def _ulps(part: SubFigure, outcome: Outcome) -> None:
         bars = axes.bar(edges, shares, color=_FINE if row.ok else _BAD)
         axes.bar_label(bars, [f"{share:.2g}" if share else "" for share in shares])
         axes.set(title=f"{name}, {_short(row.label)}", ylim=(0, 1.15), ylabel="share")
-    axes.set_xlabel("error in ULP (units in the last place); the edges double")
+    axes.set_xlabel("error in ULP (units in the last place); each bin twice as wide")
     part.suptitle("Errors of the last layer's elements")
 
 

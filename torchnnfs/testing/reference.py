@@ -56,8 +56,11 @@ class Reference:
 
 def read(reference: Any, model: nn.Module, places: Sequence[Place]) -> Reference:
     """A reference of any form: see `torchnnfs.compare`."""
-    if reference is None or reference is model:
+    if reference is None:
         return Reference()
+    if reference is model:
+        words = "The reference is the model itself, so the layers are judged by their formulas alone."
+        return Reference(notes=(words,))
     if isinstance(reference, nn.Module):
         return Reference(module=reference)
     if isinstance(reference, Sequence) and not isinstance(reference, str):

@@ -18,7 +18,7 @@ from torchnnfs.testing.outcome import Outcome, plain
 LEGEND = (
     "Each row is compared with an exact result: NumPy in float64, the reference, or the same code\n"
     'in float64 ("own float64 run"). max ULP: the largest error in units in the\n'
-    "last place; 0.5 at most is correctly rounded. bits equal: the share of elements that are.\n"
+    "last place; 0.5 at most is correctly rounded. bits equal: the share that is.\n"
     "isolated: the largest error over its bound, each layer on the input it got; chained: the\n"
     "same from the first input on. Up to 1, rounding explains the error. excess: the mean error\n"
     f"of a dense layer over that of plain sums; up to {EXCESS_LIMIT:g} is rounding."
@@ -77,7 +77,7 @@ def verdict(outcome: Outcome) -> str:
     """The outcome in one sentence, or two."""
     wrong = outcome.first_divergence
     if wrong is not None:
-        return plain(f"DISAGREES: {_where(wrong)} is the first to differ: {wrong.reason}.")
+        return plain(f"DISAGREES: {_where(wrong, 'is the first to differ')}: {wrong.reason}.")
     wrong = next((row for row in outcome.rows if not row.ok), None)
     if wrong is not None:
         return plain(f"NOT JUDGED: {_where(wrong)}: {wrong.reason}.")
@@ -98,8 +98,11 @@ def verdict(outcome: Outcome) -> str:
     )
 
 
-def _where(row: Row) -> str:
-    return f"{row.candidate} on {row.device} in {row.dtype}, layer {row.label}"
+def _where(row: Row, what: str = "") -> str:
+    where = f"{row.candidate} on {row.device} in {row.dtype}"
+    if row.layer.startswith("(output)"):
+        return f"{where}, the output of {row.kind} {what and 'differs'}".strip()
+    return f"{where}, layer {row.label} {what}".strip()
 
 
 def headline(outcome: Outcome) -> tuple[str, str]:
@@ -147,7 +150,7 @@ def _controls(outcome: Outcome) -> list[str]:
         said[control.outcome].append(f"{control.name} ({control.reason})")
     lines = [
         f"Controls: {len(said['rejected'])} of {len(outcome.controls)} deliberately broken copies "
-        "of the model rejected."
+        "of the model rejected, each by the formula of its layer."
     ]
     if outcome.unjudged:
         lines[0] += f" They break layers with a formula, not {', '.join(outcome.unjudged)}."
