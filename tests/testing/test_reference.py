@@ -1,3 +1,6 @@
+import copy
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -326,3 +329,20 @@ def test_what_is_no_reference(reference, error, words):
     model = nn.Sequential(Dense(2, 3), Softmax())
     with pytest.raises(error, match=words):
         compare(model, torch.randn(5, 2), reference=reference)
+
+
+def test_a_note_says_how_much_the_reference_allows(model, points):
+    def trusted(x):
+        return model.double()(torch.from_numpy(x)).detach().numpy().astype(x.dtype)
+
+    same = copy.deepcopy(model)
+    (note,) = [each for each in compare(same, points, reference=trusted).notes if "may be" in each]
+    allowed = float(re.search(r"may be off by (\S+) in the output", note)[1])
+    for factor, agrees in ((0.1, True), (10, False)):
+        shifted = compare(same, points, reference=lambda x, f=factor: trusted(x) + f * allowed)
+        assert shifted.ok == agrees
+
+
+def test_the_model_as_its_own_reference_is_named(model, points):
+    notes = compare(model, points, reference=model, candidates=["eager"]).notes
+    assert any("The reference is the model itself" in note for note in notes)

@@ -59,7 +59,7 @@ def read(reference: Any, model: nn.Module, places: Sequence[Place]) -> Reference
     if reference is None:
         return Reference()
     if reference is model:
-        words = "The reference is the model itself, so the layers are judged by their formulas alone."
+        words = "The reference is the model itself: the layers are judged by their formulas."
         return Reference(notes=(words,))
     if isinstance(reference, nn.Module):
         return Reference(module=reference)
