@@ -93,7 +93,7 @@ class Candidate:
             with watched(modules, formulas, calls):
                 return calls, _arrays(call(compute, cast(input, self.device, dtype)))
 
-        with warnings.catch_warnings(), torch.no_grad(), self._computing(model, input) as compute:
+        with torch.no_grad(), self._computing(model, input) as compute:
             calls, output = once()
             again = once()[1] if broken is None else None
         return Trace(self.name, str(self.device), dtype_name(dtype), tuple(calls), output, again)
@@ -105,13 +105,14 @@ class Candidate:
             with borrowed(model, self.device, dtype) as compute:
                 yield compute
             return
-        warnings.simplefilter("ignore")  # compilers and exporters warn of what they use themselves
-        try:
-            other = copied(model).to(self.device, dtype)
-            yield build(other, cast(input, self.device, dtype))
-        except Exception as error:
-            words = " ".join(str(error).split())[:300]
-            raise ValueError(f"{self.name} cannot compute this model: {words}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # compilers and exporters warn of what they use
+            try:
+                other = copied(model).to(self.device, dtype)
+                yield build(other, cast(input, self.device, dtype))
+            except Exception as error:
+                words = " ".join(str(error).split())[:300]
+                raise ValueError(f"{self.name} cannot compute this model: {words}") from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:
