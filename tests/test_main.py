@@ -301,7 +301,7 @@ def test_a_signal_is_one_line_and_leaves_no_file(number, status, word, tmp_path,
         command = ["compare", "--candidates", "eager", "--json", str(tmp_path / "a.json")]
         assert main(command) == status
     captured = capsys.readouterr()
-    assert captured == ("", f"torchnnfs compare: {word}\n")
+    assert captured == ("", f"torchnnfs: {word}\n")
     assert os.listdir(tmp_path) == []
     assert signal.getsignal(number) is before
 

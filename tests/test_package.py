@@ -35,6 +35,7 @@ LAYERS = [
     "torchnnfs.testing.environment",
     "torchnnfs.testing.candidates",
     "torchnnfs.testing.traces",
+    "torchnnfs.testing.processes",
     "torchnnfs.testing.reference",
     "torchnnfs.testing.models",
     "torchnnfs.testing.layers.dense",

@@ -21,10 +21,10 @@ from rich.console import Console
 from torch import nn
 
 from torchnnfs._signals import WORDS, Stopped, handle, stop
-from torchnnfs.modules import classifier
+from torchnnfs.modules import Dense, classifier
 from torchnnfs.spiral import spiral
 from torchnnfs.testing import html, page, plot
-from torchnnfs.testing.batches import in_batches, processes, shown
+from torchnnfs.testing.batches import in_batches, shown
 from torchnnfs.testing.candidates import (
     DTYPES,
     KINDS,
@@ -37,6 +37,7 @@ from torchnnfs.testing.comparison import Comparison, compare
 from torchnnfs.testing.files import check_writable, write_whole
 from torchnnfs.testing.models import leaves
 from torchnnfs.testing.outcome import plain
+from torchnnfs.testing.processes import Alone, processes
 from torchnnfs.testing.report import show
 from torchnnfs.version import __version__
 
@@ -69,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
         known = [*KINDS, *DTYPES, "compare", "page", *_OPTIONS]
         near = difflib.get_close_matches(typo[1], known, 1) if typo else []
         message += f"; did you mean {near[0]}?" if near else ""
-        self.exit(USAGE, plain(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def _number(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -153,11 +154,18 @@ def _spiral(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
     samples, classes = arguments.samples or 100, arguments.classes or 3
     seed = arguments.seed or 0
     widths, rows = (2, *(arguments.hidden or [3]), classes), samples * classes
+    network = f"{' -> '.join(map(str, widths))}: Dense, ReLU, ..., Dense, Softmax"
+    try:  # before minutes are spent on drawing it
+        model = classifier(*widths, device="meta").to_empty(device="cpu")
+    except RuntimeError as error:
+        raise ValueError(f"--hidden: no memory for the network {network}: {error}") from None
     stream = np.random.RandomState(seed)
     points, target = spiral(samples, classes, generator=stream, device="cpu")
-    model = classifier(*widths, generator=stream, device="cpu")
+    for layer in model:
+        if isinstance(layer, Dense):
+            layer.reset_parameters(stream)
     facts = {
-        "network": f"{' -> '.join(map(str, widths))}: Dense, ReLU, ..., Dense, Softmax",
+        "network": network,
         "data": f"spiral, {samples} samples x {classes} classes = {rows} rows",
         "seed": f"{seed}, of numpy.random.RandomState: data first, then the layers",
     }
@@ -254,7 +262,7 @@ def _console() -> Console:
     return console
 
 
-def _page(arguments: argparse.Namespace) -> int:
+def _page(arguments: argparse.Namespace, group: Alone) -> int:
     device = _devices(arguments.device)[0]
     return AGREES if page.show(page.compute(device), _console()) else DISAGREES
 
@@ -300,7 +308,7 @@ def _files(arguments: argparse.Namespace) -> dict[str, str]:
     return files
 
 
-def _compare(arguments: argparse.Namespace) -> int:
+def _compare(arguments: argparse.Namespace, group: Alone) -> int:
     own = arguments.model is not None
     for option in _BOOK if own else _OWN:
         if getattr(arguments, option) is not None:
@@ -308,25 +316,27 @@ def _compare(arguments: argparse.Namespace) -> int:
             fit = fit if own else "a model of your own: name it, as mymodule:model"
             raise ValueError(f"--{option} is for {fit}")
     devices, files = _devices(arguments.device), _files(arguments)
-    task, facts = _own(arguments) if own else _spiral(arguments)
-    candidates, skipped = _candidates(arguments, devices)
-    # Golden files and gradients are of the whole.
-    whole = arguments.backward or bool(arguments.golden or arguments.save_golden)
-    with processes() as group:
-        with shown(task["input"]) as (say, done):
-            if not whole:
-                task["input"] = in_batches(task["input"], group, done)
-            comparison = compare(
-                **task,
-                candidates=candidates,
-                golden_file=arguments.golden,
-                backward=arguments.backward,
-                controls=not arguments.no_controls,
-                progress=lambda step: say(plain(step)),
-                group=group,
-            )
-        if group is None or group.rank() == 0:
-            _report(comparison, files, facts, skipped)
+    with shown() as (say, done):
+        say("making the model and its input")
+        task, facts = _own(arguments) if own else _spiral(arguments)
+        candidates, skipped = _candidates(arguments, devices)
+        whole = task["input"]
+        if not (arguments.golden or arguments.save_golden):  # these are of the whole
+            task["input"] = in_batches(whole, group, done)
+        shared = task["input"] is not whole
+        if group.rank and not shared:
+            return AGREES  # the first process judges it; all end as it does
+        comparison = compare(
+            **task,
+            candidates=candidates,
+            golden_file=arguments.golden,
+            backward=arguments.backward,
+            controls=not arguments.no_controls,
+            progress=lambda step: say(plain(step)),
+            group=group.group if shared else None,
+        )
+    if not group.rank:
+        _report(comparison, files, facts, skipped)
     return AGREES if comparison.ok else DISAGREES
 
 
@@ -352,16 +362,24 @@ def _report(
         raise failures[0]
 
 
-def _run(arguments: argparse.Namespace) -> tuple[int, str]:
+def _run(argv: Sequence[str] | None, group: Alone) -> tuple[int, str]:
     """The exit status, and a line where something went wrong."""
+    arguments, parser = argparse.Namespace(command=None, debug=False), _parser()
     try:
-        status = {"compare": _compare, "page": _page}[arguments.command](arguments)
+        arguments = parser.parse_args(argv)
+        if arguments.command is None:
+            parser.print_help()
+            return AGREES, ""
+        status = {"compare": _compare, "page": _page}[arguments.command](arguments, group)
         sys.stdout.flush()
+        group.meet()
         return status, ""
-    except MissingExtraError as error:
-        return MISSING, str(error)
     except SystemExit as error:
-        return USAGE, f"the model's own code stopped with sys.exit({error.code!r})"
+        if arguments.command is None:  # after --help
+            raise
+        status, message = USAGE, f"the model's own code stopped with sys.exit({error.code!r})"
+    except MissingExtraError as error:
+        status, message = MISSING, str(error)
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
@@ -369,34 +387,31 @@ def _run(arguments: argparse.Namespace) -> tuple[int, str]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has stopped reading
             return 128 + signal.SIGPIPE, ""
-        if isinstance(error, MemoryError | OSError | RuntimeError | TypeError | ValueError):
-            return USAGE, str(error)
-        advice = "an error in the model's code, or one of ours to report; --debug shows where"
-        return FAULT, f"{type(error).__name__}: {error} ({advice})"
+        status, message = USAGE, str(error)
+        if not isinstance(error, MemoryError | OSError | RuntimeError | TypeError | ValueError):
+            advice = "an error in the model's code, or one of ours to report; --debug shows where"
+            status, message = FAULT, f"{type(error).__name__}: {error} ({advice})"
+    return status, f"torchnnfs {arguments.command or ''}".rstrip() + f": {message}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     before: dict[signal.Signals, Any] = {}
-    command = "torchnnfs"
     try:
         if threading.current_thread() is threading.main_thread():  # others may set no handlers
             before = handle(stop)
-        parser = _parser()
-        arguments = parser.parse_args(argv)
-        if arguments.command is None:
-            parser.print_help()
-            return 0
-        command += f" {arguments.command}"
-        status, message = _run(arguments)
+        with processes() as group:
+            status, message = group.agreed(*_run(argv, group))
+    except (RuntimeError, ValueError) as error:  # the processes do not come together
+        status, message = USAGE, f"torchnnfs: {error}"
     except (KeyboardInterrupt, Stopped) as error:
         number = signal.Signals(*error.args or [signal.SIGINT])
-        status, message = 128 + number, WORDS[number]
+        status, message = 128 + number, f"torchnnfs: {WORDS[number]}"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if message:
-        print(plain(f"{command}: {' '.join(message.split())}"), file=sys.stderr)
+        print(plain(" ".join(message.split())), file=sys.stderr)
     return status
 
 

@@ -101,15 +101,52 @@ def test_references_are_taken_row_by_row():
 @pytest.mark.parametrize(
     ("input", "keywords", "message"),
     [
-        ([INPUT, INPUT], {"backward": True, "target": TARGET}, "backward expects one batch.*list"),
-        ([INPUT, INPUT], {"golden_file": "g.npz"}, "a golden file expects one batch.*list"),
+        (
+            [INPUT, INPUT],
+            {"golden_file": "g.npz"},
+            "a golden file.* expects one batch.*list.*fewer",
+        ),
+        ([INPUT, INPUT], {"backward": True}, "expects a target"),
+        (
+            [INPUT, INPUT],
+            {"backward": True, "target": torch.zeros(421, dtype=torch.int64)},
+            "the target to have a row for each row of the batches, 420, got 421",
+        ),
+        (
+            [INPUT, INPUT.double()],
+            {},
+            "like the first, input in torch.float32, got input in torch.float64 in batch 1, from "
+            r"row 210 on; convert it with .to\(dtype\)",
+        ),
         ([], {}, "at least one batch, got an empty iterable"),
         ([INPUT, INPUT * torch.inf], {}, "got .* in input at"),
     ],
 )
-def test_what_needs_the_whole_is_refused(input, keywords, message):
+def test_what_batches_cannot_be_is_refused(input, keywords, message):
     with pytest.raises(ValueError, match=message):
         compare(MODEL, input, **{**QUICK, **keywords})
+
+
+class WrongGradient(nn.Linear):
+    def forward(self, input):
+        output = super().forward(input)
+        if output.requires_grad and (input == INPUT[205]).all(dim=-1).any():
+            output.register_hook(lambda grad: grad * 1.001)
+        return output
+
+
+def test_gradients_are_those_of_each_batch():
+    loader = DataLoader(TensorDataset(INPUT, TARGET), batch_size=64)
+    parts = compare(MODEL, loader, backward=True, **QUICK)
+    same_rows(parts, compare(MODEL, list(INPUT.split(64)), backward=True, target=TARGET, **QUICK))
+    whole = compare(MODEL, INPUT, backward=True, target=TARGET, **QUICK)
+    assert whole.ok
+    assert parts.ok
+    assert [row.label for row in parts.rows] == [row.label for row in whole.rows]
+    assert "Gradients are of the mean loss of each batch" in str(parts)
+    wrong = nn.Sequential(WrongGradient(2, 5), *MODEL[1:])
+    row = compare(wrong, loader, backward=True, **QUICK).first_divergence
+    assert (row.kind, row.worst.index[0] >= 192) == ("WrongGradient dL/dx", True)
 
 
 def test_results_of_batches_are_not_kept(tmp_path):
@@ -150,8 +187,8 @@ def test_memory_is_that_of_a_batch():
     assert peak(40) < 1.25 * peak(20)
 
 
-def rows_of(path):
-    return json.loads(path.read_text())["rows"]
+def rows_of(path, part="rows"):
+    return json.loads(path.read_text())[part]
 
 
 def test_command_line_takes_batches_by_itself(tmp_path, capsys, monkeypatch):
@@ -164,7 +201,7 @@ def test_command_line_takes_batches_by_itself(tmp_path, capsys, monkeypatch):
 
 
 def test_two_processes_share_the_batches(tmp_path):
-    command = ["compare", "--samples", "400", "--device", "cpu", "--no-controls", "--json"]
+    command = ["compare", "--samples", "400", "--device", "cpu", "--json"]
     assert main([*command, str(tmp_path / "one")]) == 0
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "torchnnfs"]
     run = subprocess.run(
@@ -176,35 +213,89 @@ def test_two_processes_share_the_batches(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("AGREES") == 1
     assert "2, which shared 2 batches" in run.stdout
+    words = "each judged on its own; broken copies, where asked for, are tried on the first."
+    assert words in rows_of(tmp_path / "two", "notes")[-1]
     same_rows(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"))
+    tried = [
+        [(each["name"], each["outcome"]) for each in rows_of(tmp_path / count, "controls")]
+        for count in ("one", "two")
+    ]
+    assert tried[0] == tried[1] != []
 
 
-KILLED = """
-import os, signal, torch.distributed as dist
-dist.init_process_group("gloo")
-os.kill(os.getpid(), signal.SIGKILL)
+ENDS = """
+import os, signal, sys, datetime
+import torch
+from torchnnfs.__main__ import main
+from torchnnfs.testing import processes
+
+class Ends(torch.nn.Module):
+    def forward(self, input):
+        if os.environ["RANK"] == "1" and (input == 9).any():
+            if END == "error":
+                raise ValueError("no nines")
+            os.kill(os.getpid(), signal.Signals[END])
+        return input
+
+END, model = sys.argv.pop(1), Ends()
+processes.SILENCE = datetime.timedelta(seconds=2)
+sys.exit(main())
 """
 
 
-def test_a_killed_process_ends_the_run():
+@pytest.fixture
+def two(tmp_path):
+    """Start the command line as two processes, without torchrun, which would end the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    (tmp_path / "ends.py").write_text(ENDS)
+    np.save(tmp_path / "x.npy", np.float32(range(40)).reshape(20, 2) % 15)
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    command = ["-m", "torchnnfs", "compare", "--device", "cpu", "--no-controls"]
-    started = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**os.environ, **there, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
+    started = []
+
+    def start(*arguments):
+        started.extend(
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=tmp_path,
+                env={**os.environ, **there, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
         )
-        for rank, arguments in enumerate((command, ["-c", KILLED]))
-    ]
-    _, words = started[0].communicate(timeout=60)
-    started[1].communicate(timeout=60)
-    assert started[0].returncode == 2
+        return started
+
+    yield start
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])
+def test_a_process_that_is_killed_or_halted_ends_the_run(two, end):
+    first, _ = two("ends.py", end, "compare", "__main__:model", "--input", "x.npy")
+    _, words = first.communicate(timeout=60)
+    assert first.returncode == 2
     assert "expects 2 processes to the end, but one of them has stopped" in words
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("compare __main__:model --input x.npy", "Ends raised ValueError: no nines; the input was"),
+        ("compare __main__:model --input y.npy", "--input 'y.npy' cannot be read"),
+        ("compare --sampels 3", "unrecognized arguments: --sampels; did you mean --samples?"),
+    ],
+)
+def test_an_error_in_any_process_is_said_once_and_ends_all(two, command, words):
+    started = two("ends.py", "error", *command.split())
+    errors = [each.communicate(timeout=60)[1] for each in started]
+    assert [each.returncode for each in started] == [2, 2]
+    assert words in errors[0]
+    assert (errors[0].count("\n"), errors[1]) == (1, "")
 
 
 def test_a_world_without_a_meeting_place_is_one_process(monkeypatch, capsys):

@@ -70,7 +70,7 @@ def test_residuals_and_shared_layers():
     comparison = compare(Residual(), points, backward=True, target=target)
     assert comparison.ok, comparison
     kinds = [f"{row.layer} {row.kind}" for row in rows(comparison)]
-    assert kinds.count("shared Dense dL/dx") == 2
+    assert kinds.count("shared Dense dL/dx") == kinds.count("shared (call 2) Dense dL/dx") == 1
     assert kinds.count("shared Dense dL/dW") == 1
 
 

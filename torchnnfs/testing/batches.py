@@ -1,14 +1,12 @@
-"""What the command line does with a long input: batches, processes, a progress line."""
+"""What the command line does with a long input: batches for its processes, a progress line."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
+from operator import itemgetter
 from typing import Any
 
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -16,70 +14,52 @@ from torch import Tensor
 
 from torchnnfs.testing.judge import rows_in
 from torchnnfs.testing.models import convert, leaves
+from torchnnfs.testing.processes import Alone
 
 #: Rows that are judged at a time: with more of them memory does not grow.
 ROWS = 30_000
 
 
-def in_batches(
-    input: Any, group: dist.ProcessGroup | None, done: Callable[[int], object] = lambda rows: None
-) -> Any:
+def in_batches(input: Any, group: Alone, done: Callable[[int, int], object]) -> Any:
     """The input in batches, where it is long or several processes share it.
 
     It stays whole where its arrays have other lengths: then they have no common rows. `done` is
-    called with the number of rows of each batch behind it.
+    called with the numbers of rows that are behind, and of all.
     """
     lengths = {len(each) if each.ndim else 1 for each in leaves(input).values()}
     rows = rows_in(input)
-    size = min(ROWS, -(-rows // (group.size() if group else 1)))
+    size = min(ROWS, -(-rows // group.size))
     if len(lengths) > 1 or size >= rows:
         return input
 
-    def batch(start: int) -> Any:
-        return convert(input, Tensor, lambda tensor: tensor[start : start + size])
-
     def batches() -> Iterator[Any]:
         for start in range(0, rows, size):
-            yield batch(start)
-            done(min(size, rows - start))
+            yield convert(input, Tensor, itemgetter(slice(start, start + size)))
+            done(min(start + size, rows), rows)
+            group.check()
+        group.meet()  # behind it, what processes do together may take a minute and no more
 
     return batches()
 
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.completed:,.0f} of {task.total:,.0f} rows, {task.speed or 0:,.0f}/s")
+        rows = f"{task.completed:,.0f} of {task.total:,.0f} rows" if task.total else ""
+        return Text(f"{rows}, {task.speed:,.0f}/s" if task.speed else rows)
 
 
 @contextmanager
-def shown(input: Any) -> Iterator[tuple[Callable[[str], object], Callable[[int], object]]]:
+def shown() -> Iterator[tuple[Callable[[str], object], Callable[[int, int], object]]]:
     """A line on a terminal with the step, the rows, their rate and the time left.
 
-    Gives two functions: one takes the words for a step, one the number of rows that are done.
+    Gives two functions: of the words for a step, and of the rows that are behind and of all rows.
     """
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn()
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=rows_in(input))
+        task = bar.add_task("", total=None)
         yield (
             lambda words: bar.update(task, description=words),
-            lambda rows: bar.advance(task, rows),
+            lambda rows, total: bar.update(task, completed=rows, total=total),
         )
-
-
-@contextmanager
-def processes() -> Iterator[dist.ProcessGroup | None]:
-    """The processes of torchrun, where it started several."""
-    # Some clusters set WORLD_SIZE alone; torchrun says as well where the processes meet.
-    if "MASTER_ADDR" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        yield None
-        return
-    # Imported after the group is made it would keep the group, and its threads, to the end.
-    import_module("torch.distributed.nn")
-    dist.init_process_group("gloo")
-    try:
-        yield dist.group.WORLD
-        dist.barrier()  # torchrun ends all processes when the first of them exits with 1
-    finally:
-        dist.destroy_process_group()

@@ -163,7 +163,7 @@ def compare(
         backward: whether to judge the gradients of torch eager as well, of the cross-entropy of
             `target` averaged over the batch: to the output, and to the input and parameters of
             each layer.
-        target: (N,) classes, for `backward`.
+        target: (N,) classes of all rows, for `backward`; without it those that come with batches.
         controls: whether to show that broken copies of the model are rejected.
         progress: called with a few words before each step.
         group: the processes of `torch.distributed` that call `compare` with the same arguments.
@@ -177,8 +177,9 @@ def compare(
             not finite or on the meta device; layers in training mode that depend on chance; a
             reference that cannot compute; a model whose forward fails, with what it raised as the
             cause; an unknown candidate; `backward` without a fitting
-            `target`, or with a reference whose layers cannot be paired; `backward` or a golden file
-            with batches; no batch; an array as reference that has other rows than the batches.
+            `target`, or with a reference whose layers cannot be paired; a golden file with batches;
+            no batch, or one in another dtype than the first; an array as reference, or a `target`,
+            that has other rows than the batches.
 
     Example:
         >>> import torch
@@ -191,29 +192,29 @@ def compare(
     if isinstance(reference, nn.Module):
         check_model("reference", reference)
     one = isinstance(input, Tensor | tuple | dict)
-    if not one and (backward or golden_file is not None):
-        what = "backward" if backward else "a golden file"
+    if not one and golden_file is not None:
         raise ValueError(
-            f"compare with {what} expects one batch, a tensor, tuple or dict, got an iterable "
-            f"({type(input).__name__}): {'its loss is a mean over' if backward else 'it holds'} "
-            "the whole input; join the batches with torch.cat"
+            "compare with a golden file, which holds a whole run, expects one batch, a tensor, "
+            f"tuple or dict, got an iterable ({type(input).__name__}); take fewer rows, or join "
+            "the batches with torch.cat"
         )
-    batches = iter([input]) if one else _batches(input)
-    run = Run(model, read(reference, model, walk(model)), candidates, progress, group)
+    batches = iter([[input]]) if one else _batches(input)
+    places = walk(model)
+    run = Run(model, read(reference, model, places), candidates, backward, target, progress, group)
     # A dtype may overflow: that is judged, and no reason to warn.
     with np.errstate(all="ignore"), _untouched_chance():
-        for batch in batches:
-            run.take(batch, keep=one)
-        outcome = run.finish(golden_file, backward, target, controls)
+        for given, *classes in batches:
+            run.take(given, classes[0] if classes else None, keep=one)
+        outcome = run.finish(golden_file, controls)
     return Comparison(**vars(outcome), traces=tuple(run.traces), setting=run.setting)
 
 
-def _batches(input: Any) -> Iterator[Any]:
+def _batches(input: Any) -> Iterator[list[Any]]:
     """What a data loader gives: a list is an input and its target."""
     if not isinstance(input, Iterable):
         check_input(input)  # which says what is expected
     for batch in input:
-        yield batch[0] if isinstance(batch, list) and batch else batch
+        yield batch if isinstance(batch, list) and batch else [batch]
 
 
 def assert_agrees(

@@ -5,6 +5,7 @@ The loss is the cross-entropy of the targets, averaged over the batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchnnfs.testing.candidates import Candidate, dtype_name
+from torchnnfs.testing.candidates import Candidate
 from torchnnfs.testing.exact import ROUNDING
-from torchnnfs.testing.judge import Judged, Row, make_row
 from torchnnfs.testing.layers import softmax
 from torchnnfs.testing.measure import measure
+from torchnnfs.testing.merge import Finding, Judged
 from torchnnfs.testing.models import borrowed, cast, split, state_of, to_numpy
 from torchnnfs.testing.precision import Array, Precision
 from torchnnfs.testing.problem import Problem
-from torchnnfs.testing.traces import Trace, hooked
+from torchnnfs.testing.traces import hooked
 
 
 class _Call(NamedTuple):
@@ -32,9 +33,11 @@ class _Call(NamedTuple):
 
 
 def judge_gradients(
-    candidate: Candidate, model: nn.Module, input: Any, target: Tensor | None, problem: Problem
-) -> list[Row]:
-    """A row for each gradient: to the output, and to input and parameters of each layer.
+    candidate: Candidate, model: nn.Module, input: Any, target: Any, problem: Problem, start: int
+) -> list[Finding]:
+    """What is found of each gradient: to the output, and to input and parameters of each layer.
+
+    The input holds the rows of a whole from `start` on.
 
     Raises:
         ValueError: no target; an output that is not (N, classes), or targets that do not fit it.
@@ -45,15 +48,17 @@ def judge_gradients(
         raise ValueError(
             "compare with backward expects as reference a module with the model's own layers"
         )
-    assert candidate.dtype is not None
-    name, device = dtype_name(candidate.dtype), str(candidate.device)
-    trace = Trace(candidate.name, device, name, (), None)
-    rows = []
+    if not isinstance(target, Tensor):
+        target = torch.as_tensor(np.asarray(target))
+    found, times = [], Counter[str]()
     with torch.inference_mode(False), torch.enable_grad():
         for path, kind, value, pair in _gradients(candidate, model, input, target, problem):
-            judged = Judged(measure(value, *pair, problem.precision), ROUNDING, "NumPy")
-            rows.append(make_row(trace, path, kind, judged, None))
-    return rows
+            first = 0 if kind.endswith(tuple(_SYMBOLS.values())) else start
+            judged = Judged(measure(value, *pair, problem.precision, first), ROUNDING, "NumPy")
+            times[path + kind] += 1
+            again = f" (call {times[path + kind]})" if times[path + kind] > 1 else ""
+            found.append(Finding(path, path + again, "", kind, judged))
+    return found
 
 
 def _run(

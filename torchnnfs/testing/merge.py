@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,10 @@ class Judged(NamedTuple):
     measured: Measured
     basis: str
     source: str
+
+    def joined(self, other: Judged) -> Judged:
+        """Both as one."""
+        return self._replace(measured=self.measured.joined(other.measured))
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,8 @@ class Sample:
         end = start + len(arrays[0])
         step = _step(end, most)
         kept = slice(-start % step, None, step)
-        # Copies: a view would keep the whole batch.
-        return Sample(
-            most, end, np.arange(start, end)[kept], tuple(each[kept].copy() for each in arrays)
-        )
+        copies = tuple(each[kept].copy() for each in arrays)  # a view would keep the whole batch
+        return Sample(most, end, np.arange(start, end)[kept], copies)
 
     def joined(self, other: Sample) -> Sample:
         """The sample of both parts together, in the order of their rows."""
@@ -71,7 +73,7 @@ class Finding:
         path: of the place in the model.
         place: how rows name it.
         leaf: where the array is in a nested output.
-        kind: type of the module.
+        kind: type of the module, and which gradient of it.
         isolated: on the input that the place really got.
         chained: from the model's input on.
         sample: input, exact and computed output of a layer with an honest computation.
@@ -94,9 +96,9 @@ class Finding:
     twice: bool = False
 
     @property
-    def key(self) -> tuple[bool, str, str]:
+    def key(self) -> tuple[bool, str, str, str]:
         """What is the same in all batches."""
-        return self.twice, self.place, self.leaf
+        return self.twice, self.place, self.leaf, self.kind
 
     def merged(self, other: Finding) -> Finding:
         """Both as one."""
@@ -107,19 +109,13 @@ class Finding:
             self,
             isolated=_both(self.isolated, other.isolated),
             chained=_both(self.chained, other.chained),
-            sample=_samples(self.sample, other.sample),
+            sample=_both(self.sample, other.sample),
             joined=self.joined and other.joined,
             far=far,
         )
 
 
-def _both(one: Judged | None, two: Judged | None) -> Judged | None:
-    if one is None or two is None:
-        return one or two
-    return one._replace(measured=one.measured.joined(two.measured))
-
-
-def _samples(one: Sample | None, two: Sample | None) -> Sample | None:
+def _both(one: Any, two: Any) -> Any:
     return one.joined(two) if one and two else one or two
 
 
@@ -130,44 +126,24 @@ class Seen:
     Attributes:
         trace: who computed; without arrays.
         findings: by their keys, in order.
-        called: the paths of the places that were called.
-        inexact: of each softmax of NumPy the numbers whose exp is not correctly rounded.
-        sizes: of all numbers there.
+        counts: by a word and a path: calls of each place that was "called"; of each softmax of
+            NumPy its "numbers", and the "inexact" ones, whose exp is not correctly rounded.
+        shown: of the first candidate, rows of the input and of its output.
     """
 
     trace: Trace
-    findings: dict[tuple[bool, str, str], Finding] = field(default_factory=dict)
-    called: set[str] = field(default_factory=set)
-    inexact: Counter[str] = field(default_factory=Counter)
-    sizes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: Seen) -> None:
-        """Take in what was found of more batches."""
-        for key, finding in other.findings.items():
-            mine = self.findings.get(key)
-            self.findings[key] = finding if mine is None else mine.merged(finding)
-        self.called |= other.called
-        self.inexact.update(other.inexact)
-        self.sizes.update(other.sizes)
-
-
-@dataclass
-class Whole:
-    """What was found of all batches so far.
-
-    Attributes:
-        seen: of each trace, by its number.
-        shown: rows of the input and of the first candidate's output.
-    """
-
-    seen: dict[int, Seen] = field(default_factory=dict)
+    findings: dict[tuple[bool, str, str, str], Finding]
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     shown: Sample | None = None
 
-    def add(self, other: Whole) -> None:
-        """Take in what was found of more batches."""
-        for number, seen in other.seen.items():
-            if number in self.seen:
-                self.seen[number].add(seen)
-            else:
-                self.seen[number] = seen
-        self.shown = _samples(self.shown, other.shown)
+    def joined(self, other: Seen) -> Seen:
+        """Both as one."""
+        mine, theirs = self.findings, other.findings
+        both = {key: mine[key].merged(theirs[key]) for key in mine.keys() & theirs.keys()}
+        shown = _both(self.shown, other.shown)
+        return Seen(self.trace, {**mine, **theirs, **both}, self.counts + other.counts, shown)
+
+
+def merge(whole: dict[int, Seen], part: dict[int, Seen]) -> dict[int, Seen]:
+    """What was found of the traces, by their numbers, in more batches."""
+    return {each: _both(whole.get(each), part.get(each)) for each in whole.keys() | part.keys()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torchnnfs.testing.exact import same_chance
 from torchnnfs.testing.gradients import judge_gradients
 from torchnnfs.testing.inputs import check_finite, check_input
 from torchnnfs.testing.judge import Row, find, find_formula, rows_in, rows_of
-from torchnnfs.testing.merge import Finding, Sample, Seen, Whole
+from torchnnfs.testing.merge import Finding, Sample, Seen, merge
 from torchnnfs.testing.models import (
     borrowed,
     call,
@@ -33,6 +34,7 @@ from torchnnfs.testing.models import (
 from torchnnfs.testing.outcome import Outcome
 from torchnnfs.testing.precision import PRECISIONS
 from torchnnfs.testing.problem import Problem, nominal
+from torchnnfs.testing.processes import stopped
 from torchnnfs.testing.reference import Reference
 from torchnnfs.testing.traces import Trace
 
@@ -60,9 +62,13 @@ class _Batch:
         problem = self.problem(trace.dtype)
         found = find(trace, problem, self.start)
         if all(each.twice for each in found):
-            raise ValueError(_nothing_to_judge(trace, problem))
+            reasons = "; ".join(problem.exact.failed.values()) or "it shows nothing"
+            raise ValueError(
+                f"compare finds nothing to judge {trace.name} by: the model cannot run in float64 "
+                f"({reasons}), so it needs a reference for its output"
+            )
         seen = _seen(trace, found)
-        seen.called = {call.path for call in trace.calls}
+        seen.counts.update(("called", call.path) for call in trace.calls)
         if trace.name == "numpy":
             _count_inexact(trace, seen)
         return seen
@@ -81,68 +87,75 @@ class Run:
         model: nn.Module,
         reference: Reference,
         candidates: Sequence[str | Candidate] | None,
+        backward: bool,
+        target: Any,
         progress: Callable[[str], object] | None,
         group: dist.ProcessGroup | None,
     ) -> None:
         self.model, self.reference, self.candidates = model, reference, candidates
+        self.backward, self.target = backward, target
         self.progress = progress or (lambda words: None)
         self.group = group
         self.rank, self.processes = (group.rank(), group.size()) if group else (0, 1)
         self.rows = self.batches = 0
-        self.whole = Whole()
+        self.whole: dict[int, Seen] = {}
         self.traces: list[Trace] = []
         self.setting: golden.Setting | None = None
 
-    def take(self, input: Any, keep: bool) -> None:
+    def take(self, input: Any, target: Any, keep: bool) -> None:
         """Judge a batch if it is this process's turn; with `keep`, the only one, keep traces."""
         check_input(input)
-        batch = _Batch(self.model, input, self._reference(input, keep), self.rows)
+        dtypes = {name: each.dtype for name, each in leaves(input).items()}
+        rows, reference = slice(self.rows, self.rows + rows_in(input)), self.reference
+        if not keep:
+            recorded = reference.recorded.items()
+            parts = {path: replace(each, output=each.output[rows]) for path, each in recorded}
+            reference = replace(reference, recorded=parts)
+        batch = _Batch(self.model, input, reference, self.rows)
         if not self.batches:
-            self.first, self.own = batch, own_dtype(self.model, input)
+            self.first, self.own, self.dtypes = batch, own_dtype(self.model, input), dtypes
             self.chosen = [resolved(each, self.own) for each in _expand(self.candidates, self.own)]
+        if dtypes != self.dtypes:
+            raise ValueError(
+                f"compare expects every batch to be like the first, {_listed(self.dtypes)}, got "
+                f"{_listed(dtypes)} in batch {self.batches}, from row {self.rows} on; convert it "
+                "with .to(dtype)"
+            )
         if self.batches % self.processes == self.rank:
-            self._judge(batch, keep)
+            given = target if self.target is None else self.target if keep else self.target[rows]
+            self._judge(batch, given, keep)
         self.batches += 1
-        self.rows += rows_in(input)
+        self.rows = rows.stop
 
-    def _reference(self, input: Any, keep: bool) -> Reference:
-        """The reference, with the rows of its arrays that belong to the batch."""
-        rows = slice(self.rows, self.rows + rows_in(input))
-        if keep:
-            return self.reference
-        recorded = {
-            path: replace(each, output=each.output[rows])
-            for path, each in self.reference.recorded.items()
-        }
-        return replace(self.reference, recorded=recorded)
-
-    def _judge(self, batch: _Batch, keep: bool) -> None:
-        found = Whole()
+    def _judge(self, batch: _Batch, target: Any, keep: bool) -> None:
+        found: dict[int, Seen] = {}
         places = [*self.reference.sources, *self.reference.recorded]
         for number, candidate in enumerate(self.chosen):
             assert candidate.dtype is not None
             words = f"{candidate.name} on {candidate.device} in {dtype_name(candidate.dtype)}"
             self.progress(words)
-            batch.problem(dtype_name(candidate.dtype))  # what cannot be judged need not be run
+            problem = batch.problem(dtype_name(candidate.dtype))  # what it refuses need not be run
             trace = candidate.run(self.model, batch.input, places)
             self.progress(f"judging {words}")
-            found.seen[number] = batch.seen(trace)
+            seen = found[number] = batch.seen(trace)
+            if self.backward and candidate.name == "eager":
+                start, input = batch.start, batch.input
+                more = judge_gradients(candidate, self.model, input, target, problem, start)
+                seen.findings |= {each.key: each for each in more}
             if keep:
                 self.traces.append(trace)
             if not number:
                 most = rows_in(batch.input) if keep else _SHOWN
-                given = to_numpy(next(iter(leaves(batch.input).values())))
-                shown = next(iter(leaves(trace.output).values()))
-                found.shown = Sample.of(most, batch.start, *map(np.atleast_1d, (given, shown)))
+                first = to_numpy(next(iter(leaves(batch.input).values())))
+                output = next(iter(leaves(trace.output).values()))
+                seen.shown = Sample.of(most, batch.start, *map(np.atleast_1d, (first, output)))
         if self.reference.judges_output:
             formula = find_formula(batch.problem(dtype_name(self.own)), batch.start)
             if formula is not None:
-                found.seen[sys.maxsize] = _seen(*formula)
-        self.whole.add(found)
+                found[sys.maxsize] = _seen(*formula)
+        self.whole = merge(self.whole, found)
 
-    def finish(
-        self, golden_file: str | None, backward: bool, target: Any, controls: bool
-    ) -> Outcome:
+    def finish(self, golden_file: str | None, controls: bool) -> Outcome:
         """Join what all processes found, and make rows of it."""
         if not self.batches:
             raise ValueError("compare expects at least one batch, got an empty iterable")
@@ -152,22 +165,17 @@ class Run:
             recorded = golden.load(golden_file, self.setting)
             for number, trace in enumerate(recorded, len(self.chosen)):
                 try:
-                    self.whole.seen[number] = self.first.seen(trace)
+                    self.whole[number] = self.first.seen(trace)
                 except Exception as error:
                     raise ValueError(f"{golden_file!r} is damaged: {error}") from error
-        self._check_recorded()
+        self._check_lengths()
         self._gather()
         rows: list[Row] = []
-        for number, seen in sorted(self.whole.seen.items()):
+        for number, seen in sorted(self.whole.items()):
             last = number == sys.maxsize
             problem = self.first.problem(dtype_name(self.own) if last else seen.trace.dtype)
             rows += rows_of(seen.trace, seen.findings.values(), problem)
-            if backward and seen.trace.name == "eager":
-                if target is not None and not isinstance(target, Tensor):
-                    target = torch.as_tensor(np.asarray(target))
-                candidate, input = self.chosen[number], self.first.input
-                rows += judge_gradients(candidate, self.model, input, target, problem)
-        problem = self.first.problem(self.whole.seen[0].trace.dtype)
+        problem = self.first.problem(self.whole[0].trace.dtype)
         notes = [*self.reference.notes, *self._notes(problem)]
         tried: tuple[Control, ...] = ()
         if controls and not all(row.ok for row in rows):
@@ -185,11 +193,12 @@ class Run:
         environment = describe(str(each.device) for each in self.chosen)
         if self.group is not None:
             environment["processes"] = f"{self.processes}, which shared {self.batches} batches"
-        assert self.whole.shown is not None
-        input, output = self.whole.shown.arrays
+        shown = self.whole[0].shown
+        assert shown is not None
+        input, output = shown.arrays
         return Outcome(
             rows=tuple(rows),
-            unjudged=problem.unjudged + (problem.unjudged_gradients if backward else ()),
+            unjudged=problem.unjudged + (problem.unjudged_gradients if self.backward else ()),
             controls=tried,
             environment=environment,
             notes=tuple(notes),
@@ -197,12 +206,19 @@ class Run:
             output=output,
         )
 
-    def _check_recorded(self) -> None:
-        for path, each in self.reference.recorded.items():
-            if self.batches > 1 and len(each.output) != self.rows:
+    def _check_lengths(self) -> None:
+        """Arrays for all batches together have as many rows as these."""
+        arrays = {
+            f"the array {f'at {path!r}' if path else 'for the output'}": each.output
+            for path, each in self.reference.recorded.items()
+        }
+        if self.backward and self.target is not None:
+            arrays["the target"] = self.target
+        for name, array in arrays.items():
+            if self.batches > 1 and len(array) != self.rows:
                 raise ValueError(
-                    f"compare expects the array {f'at {path!r}' if path else 'for the output'} to "
-                    f"have a row for each row of the batches, {self.rows}, got {len(each.output)}"
+                    f"compare expects {name} to have a row for each row of the batches, "
+                    f"{self.rows}, got {len(array)}"
                 )
 
     def _gather(self) -> None:
@@ -213,14 +229,8 @@ class Run:
         try:
             dist.all_gather_object(found, self.whole, group=self.group)
         except RuntimeError as error:
-            words = " ".join(str(error).split())[:200]
-            raise RuntimeError(
-                f"compare expects {self.processes} processes to the end, but one of them has "
-                f"stopped: {words}"
-            ) from error
-        self.whole = Whole()
-        for each in found:
-            self.whole.add(each)
+            raise RuntimeError(stopped(self.processes, error)) from error
+        self.whole = reduce(merge, found)
 
     def _controls(self, problem: Problem) -> tuple[Control, ...]:
         eager = next((each for each in self.chosen if each.name == "eager"), self.chosen[0])
@@ -246,28 +256,34 @@ class Run:
             )
         for path, reason in problem.exact.failed.items():
             yield f"{path or 'The model'} cannot run in float64: {reason}."
-        ran = [self.whole.seen[number] for number in range(len(self.chosen))]
-        called = {path for seen in ran for path in seen.called}
+        ran = [self.whole[number] for number in range(len(self.chosen))]
+        called = {path for seen in ran for word, path in seen.counts if word == "called"}
         uncalled = [path for path in problem.model.places if path not in called]
         if called and uncalled:
             yield f"Never called, so not judged: {', '.join(uncalled)}."
         for seen in ran:
-            for path, wrong in [(path, count) for path, count in seen.inexact.items() if count][:1]:
+            for path in [path for word, path in seen.counts if word == "inexact"][:1]:
                 yield (
                     "NumPy's float32 exp, in vector instructions, is not correctly rounded for "
-                    f"{wrong} of {seen.sizes[path]} numbers in layer {path}; "
-                    "NPY_DISABLE_CPU_FEATURES=X86_V3 turns these off."
+                    f"{seen.counts['inexact', path]} of {seen.counts['numbers', path]} numbers in "
+                    f"layer {path}; NPY_DISABLE_CPU_FEATURES=X86_V3 turns these off."
                 )
         if self.batches > 1:
             yield (
                 f"{self.rows} rows in {self.batches} batches, each judged on its own; broken "
                 "copies, where asked for, are tried on the first."
             )
+            if self.backward:
+                yield "Gradients are of the mean loss of each batch."
             if _mixes_rows(self.model, self.first.input, self.own):
                 yield (
                     "What comes out for a row depends on the other rows of its batch, or the first "
                     "axis does not count rows: other batches give other numbers."
                 )
+
+
+def _listed(dtypes: dict[str, torch.dtype]) -> str:
+    return ", ".join(f"input{name} in {dtype}" for name, dtype in dtypes.items())
 
 
 def _seen(trace: Trace, found: list[Finding]) -> Seen:
@@ -306,14 +322,6 @@ def _expand(candidates: Sequence[str | Candidate] | None, own: torch.dtype) -> l
     return expanded
 
 
-def _nothing_to_judge(trace: Trace, problem: Problem) -> str:
-    reasons = "; ".join(problem.exact.failed.values()) or "it shows nothing"
-    return (
-        f"compare finds nothing to judge {trace.name} by: the model cannot run in float64 "
-        f"({reasons}), so it needs a reference for its output"
-    )
-
-
 def _count_inexact(trace: Trace, seen: Seen) -> None:
     """Where NumPy's float32 exp, and not summing or dividing, costs the last bits."""
     for each in trace.calls:
@@ -322,5 +330,6 @@ def _count_inexact(trace: Trace, seen: Seen) -> None:
         x = each.input.astype(np.float32)
         shifted = x - x.max(axis=-1, keepdims=True)
         right = np.exp(shifted.astype(np.float64)).astype(np.float32)
-        seen.inexact[each.path] += int(np.count_nonzero(np.exp(shifted) != right))
-        seen.sizes[each.path] += x.size
+        if wrong := int(np.count_nonzero(np.exp(shifted) != right)):
+            seen.counts["inexact", each.path] += wrong
+        seen.counts["numbers", each.path] += x.size
