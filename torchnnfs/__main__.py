@@ -402,6 +402,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             before = handle(stop)
         with processes() as group:
             status, message = group.agreed(*_run(argv, group))
+            if before and group.size > 1:  # once one has ended, torchrun sends this to the others
+                before[signal.SIGTERM] = signal.SIG_IGN
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except (RuntimeError, ValueError) as error:  # the processes do not come together
         status, message = USAGE, f"torchnnfs: {error}"
     except (KeyboardInterrupt, Stopped) as error:
