@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NoReturn
 from zipfile import BadZipFile
 
@@ -51,8 +52,9 @@ _STATUSES = (
 #: What is judged where nothing else is asked for: nothing that loads a compiler or an exporter.
 _QUICK = ("eager", "numpy")
 
-#: The options of the book's network, and those of a model of one's own.
-_BOOK, _OWN = ("samples", "classes", "hidden", "seed"), ("input", "reference", "target")
+#: The options of the book's network and their defaults, and those of a model of one's own.
+_BOOK: dict[str, Any] = {"samples": 100, "classes": 3, "hidden": [3], "seed": 0}
+_OWN = ("input", "reference", "target")
 #: How each report is written.
 _REPORTS: dict[str, Callable[[Comparison, str], bytes]] = {
     "json": lambda comparison, name: f"{comparison.to_json()}\n".encode(),
@@ -73,22 +75,12 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-def _number(least: int, most: int | None = None) -> Callable[[str], int]:
-    def int_(text: str) -> int:
-        wanted = f"at least {least}" if most is None else f"{least} to {most}"
-        if int(text) < least or (most is not None and int(text) > most):
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {int(text)}")
-        return int(text)
-
-    int_.__name__ = "int"  # argparse prints it: "invalid int value"
-    return int_
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="torchnnfs",
         description="Neural Networks from Scratch, chapter 4, in PyTorch, proven equal to NumPy.",
     )
+    parser.set_defaults(run=lambda *_: parser.print_help())
     parser.add_argument("--version", action="version", version=f"torchnnfs {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     command = commands.add_parser(
@@ -96,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         help="judge a model in torch against NumPy, layer by layer",
         description="Judge every layer of a model against NumPy in float64: the book's spiral "
         f"forward pass, or a model of your own. {_STATUSES}",
+        epilog="A golden file holds a whole run, so with one the input is not judged in batches: "
+        "memory grows with its rows. Take fewer --samples, or a shorter --input.",
     )
     add = command.add_argument
     add("model", nargs="?", metavar="MODULE:MODEL", help="a model of your own, or what makes it")
@@ -104,18 +98,25 @@ def _parser() -> argparse.ArgumentParser:
     own("--reference", metavar="MODULE:NAME", help="what to compare with; or a .npy")
     own("--target", metavar="FILE.npy", help="the classes, for --backward")
     book = command.add_argument_group("for the book's network").add_argument
-    book("--samples", type=_number(1), help="points on each spiral arm (default: 100)")
-    book("--classes", type=_number(1), help="spiral arms, at most 256 (default: 3)")
-    book("--hidden", type=_number(1), nargs="+", help="neurons of hidden layers (default: 3)")
-    book("--seed", type=_number(0, 2**32 - 1), help="of data and weights (default: 0)")
+    book("--samples", type=int, help="points on each spiral arm (default: 100)")
+    book("--classes", type=int, help="spiral arms, at most 256 (default: 3)")
+    book("--hidden", type=int, nargs="+", help="neurons of hidden layers (default: 3)")
+    book("--seed", type=int, help="of data and weights (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: all of this machine)")
     add("--dtype", nargs="+", choices=DTYPES, help="of torch (default: the model's own)")
     names = f"{', '.join(KINDS)}, or all (default: {' '.join(_QUICK)})"
-    add("--candidates", nargs="+", choices=[*KINDS, "all"], metavar="NAME", help=names)
+    add(
+        "--candidates",
+        nargs="+",
+        choices=[*KINDS, "all"],
+        metavar="NAME",
+        default=_QUICK,
+        help=names,
+    )
     add("--backward", action="store_true", help="judge the gradients of torch eager as well")
     add("--no-controls", action="store_true", help="do not try deliberately broken copies")
-    add("--golden", metavar="FILE.npz", help="judge what candidates gave on another machine, too")
-    add("--save-golden", metavar="FILE.npz", help="write what the candidates gave here to a file")
+    add("--golden", metavar="FILE.npz", help="judge what another machine gave, too (see below)")
+    add("--save-golden", metavar="FILE.npz", help="write what candidates gave here (see below)")
     add("--json", metavar="FILE", help="write the outcome as JSON; - is standard output")
     add("--markdown", metavar="FILE", help="write the report as Markdown; - is standard output")
     add("--html", metavar="FILE", help="write the report as one page with pictures")
@@ -128,8 +129,9 @@ def _parser() -> argparse.ArgumentParser:
         f"{_STATUSES}",
     )
     chapter.add_argument("--device", default="cpu", help="where torch computes (default: cpu)")
-    for each in (command, chapter):
+    for each, run in ((command, _compare), (chapter, _page)):
         each.add_argument("--debug", action="store_true", help="show where an error comes from")
+        each.set_defaults(run=run)
     return parser
 
 
@@ -142,8 +144,8 @@ def _devices(name: str) -> list[torch.device]:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name!r} is unknown to torch; here are {names}") from None
-    same = [each for each in here if each.type == device.type]
-    same = [each for each in same if (each.index or 0) == (device.index or 0)]
+    wanted = device.type, device.index or 0
+    same = [each for each in here if (each.type, each.index or 0) == wanted]
     if not same:
         raise ValueError(f"--device {name!r} is not on this machine; here are {names}")
     return same
@@ -151,22 +153,22 @@ def _devices(name: str) -> list[torch.device]:
 
 def _spiral(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     """The arguments of `compare` for the book's network on its data, and what to say of them."""
-    samples, classes = arguments.samples or 100, arguments.classes or 3
-    seed = arguments.seed or 0
-    widths, rows = (2, *(arguments.hidden or [3]), classes), samples * classes
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    samples, classes, hidden, seed = map({**_BOOK, **given}.__getitem__, _BOOK)
+    widths = 2, *hidden, classes
     network = f"{' -> '.join(map(str, widths))}: Dense, ReLU, ..., Dense, Softmax"
+    stream = np.random.RandomState(seed)
     try:  # before minutes are spent on drawing it
         model = classifier(*widths, device="meta").to_empty(device="cpu")
     except RuntimeError as error:
         raise ValueError(f"--hidden: no memory for the network {network}: {error}") from None
-    stream = np.random.RandomState(seed)
     points, target = spiral(samples, classes, generator=stream, device="cpu")
     for layer in model:
         if isinstance(layer, Dense):
             layer.reset_parameters(stream)
     facts = {
         "network": network,
-        "data": f"spiral, {samples} samples x {classes} classes = {rows} rows",
+        "data": f"spiral, {samples} samples x {classes} classes = {len(points)} rows",
         "seed": f"{seed}, of numpy.random.RandomState: data first, then the layers",
     }
     return {"model": model, "input": points, "target": target}, facts
@@ -203,18 +205,17 @@ def _named(name: str) -> Any:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{name!r}: {error}; is it in this directory?") from None
+        found = importlib.import_module(module)
     except Exception as error:
-        raise ValueError(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{name!r}: {module} has no {part!r}{hint}")
-        found = getattr(found, part)
-    return found
+        hint = "; is it in this directory?" if isinstance(error, ModuleNotFoundError) else ""
+        kind = type(error).__name__
+        raise ValueError(f"{name!r} cannot be imported: {kind}: {error}{hint}") from error
+    try:
+        return attrgetter(path)(found)
+    except AttributeError as error:
+        near = difflib.get_close_matches(error.name or path, dir(error.obj), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name!r}: {module} has no {error.name!r}{hint}") from None
 
 
 def _loaded(option: str, name: str) -> Any:
@@ -235,17 +236,16 @@ def _candidates(
     arguments: argparse.Namespace, devices: list[torch.device]
 ) -> tuple[list[Candidate], list[str]]:
     """The candidates, and what was left out and why."""
-    wanted = dict.fromkeys(arguments.dtype or [None])
-    dtypes = [None if name is None else DTYPES[name] for name in wanted]
-    names = arguments.candidates or _QUICK
-    if "all" not in names:
-        return choose(names, devices, dtypes), []
+    dtypes = [DTYPES.get(name) for name in dict.fromkeys(arguments.dtype or [""])]
+    every = "all" in arguments.candidates
     chosen: list[Candidate] = []
     skipped: list[str] = []
-    for name in KINDS:
+    for name in KINDS if every else dict.fromkeys(arguments.candidates):
         try:
             chosen += choose([name], devices, dtypes)
         except (MissingExtraError, ValueError) as error:
+            if not every:
+                raise
             skipped.append(f"{error}.")
     return chosen, skipped
 
@@ -289,20 +289,18 @@ def _files(arguments: argparse.Namespace) -> dict[str, str]:
         path, option = vars(arguments)[name], f"--{name.replace('_', '-')}"
         if path is None:
             continue
+        place = os.path.realpath(path)
         if name == "save_golden" or name in _REPORTS:
             files[name] = path
             if path == "-" and name in _REPORTS:
                 continue
-            same = places.get(os.path.realpath(path)) or ("printed" if path == "-" else None)
-            if same:
+            if place in places or path == "-":
                 raise ValueError(
                     "each report and golden file needs a name of its own: "
-                    f"{option} {path!r} is {same} as well"
+                    f"{option} {path!r} is {places.get(place, 'printed')} as well"
                 )
             check_writable(option, path)
-        elif not path:
-            raise ValueError(f"{option} '' names no file")
-        places[os.path.realpath(path)] = option
+        places[place] = option
     if "plot" in files:
         plot.kind_of(files["plot"])  # before the work, not after it
     return files
@@ -321,7 +319,7 @@ def _compare(arguments: argparse.Namespace, group: Alone) -> int:
         task, facts = _own(arguments) if own else _spiral(arguments)
         candidates, skipped = _candidates(arguments, devices)
         whole = task["input"]
-        if not (arguments.golden or arguments.save_golden):  # these are of the whole
+        if arguments.golden is None and arguments.save_golden is None:  # these are of the whole
             task["input"] = in_batches(whole, group, done)
         shared = task["input"] is not whole
         if group.rank and not shared:
@@ -364,34 +362,30 @@ def _report(
 
 def _run(argv: Sequence[str] | None, group: Alone) -> tuple[int, str]:
     """The exit status, and a line where something went wrong."""
-    arguments, parser = argparse.Namespace(command=None, debug=False), _parser()
+    arguments = None
     try:
-        arguments = parser.parse_args(argv)
-        if arguments.command is None:
-            parser.print_help()
-            return AGREES, ""
-        status = {"compare": _compare, "page": _page}[arguments.command](arguments, group)
+        arguments = _parser().parse_args(argv)
+        status: int = arguments.run(arguments, group) or AGREES
         sys.stdout.flush()
         group.meet()
         return status, ""
     except SystemExit as error:
-        if arguments.command is None:  # after --help
+        if arguments is None:  # --help and --version
             raise
-        status, message = USAGE, f"the model's own code stopped with sys.exit({error.code!r})"
+        return USAGE, f"the model's own code stopped with sys.exit({error.code!r})"
     except MissingExtraError as error:
-        status, message = MISSING, str(error)
+        return MISSING, str(error)
     except Exception as error:
-        if arguments.debug:
+        if arguments and arguments.debug:
             traceback.print_exc()
         if isinstance(error, OSError):  # Python must not write, and fail, once more when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has stopped reading
             return 128 + signal.SIGPIPE, ""
-        status, message = USAGE, str(error)
-        if not isinstance(error, MemoryError | OSError | RuntimeError | TypeError | ValueError):
-            advice = "an error in the model's code, or one of ours to report; --debug shows where"
-            status, message = FAULT, f"{type(error).__name__}: {error} ({advice})"
-    return status, f"torchnnfs {arguments.command or ''}".rstrip() + f": {message}"
+        if isinstance(error, MemoryError | OSError | RuntimeError | TypeError | ValueError):
+            return USAGE, str(error)
+        advice = "an error in the model's code, or one of ours to report; --debug shows where"
+        return FAULT, f"{type(error).__name__}: {error} ({advice})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -406,15 +400,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 before[signal.SIGTERM] = signal.SIG_IGN
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except (RuntimeError, ValueError) as error:  # the processes do not come together
-        status, message = USAGE, f"torchnnfs: {error}"
+        status, message = USAGE, str(error)
     except (KeyboardInterrupt, Stopped) as error:
         number = signal.Signals(*error.args or [signal.SIGINT])
-        status, message = 128 + number, f"torchnnfs: {WORDS[number]}"
+        status, message = 128 + number, WORDS[number]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if message:
-        print(plain(" ".join(message.split())), file=sys.stderr)
+        print(plain(f"torchnnfs: {' '.join(message.split())}"), file=sys.stderr)
     return status
 
 

@@ -22,6 +22,7 @@ from torchnnfs.testing.files import write_whole
 from torchnnfs.testing.inputs import check_input, check_model
 from torchnnfs.testing.models import walk
 from torchnnfs.testing.outcome import Outcome
+from torchnnfs.testing.precision import Array
 from torchnnfs.testing.reference import read
 from torchnnfs.testing.run import Run
 from torchnnfs.testing.traces import Trace
@@ -33,11 +34,11 @@ class Comparison(Outcome):
 
     Attributes:
         traces: all that the candidates showed; empty where the input came in batches.
-        setting: what the run depends on: input and parameters; None where it came in batches.
+        setting: what the run depends on: input, parameters, layers; None where it came in batches.
     """
 
     traces: tuple[Trace, ...] = field(repr=False)
-    setting: golden.Setting | None = field(repr=False)
+    setting: dict[str, Array] | None = field(repr=False)
 
     @property
     def verdict(self) -> str:

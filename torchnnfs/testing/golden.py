@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 from zipfile import ZipFile, ZipInfo
 
@@ -20,60 +20,48 @@ from torchnnfs.testing.models import leaves, to_numpy, walk
 from torchnnfs.testing.precision import Array
 from torchnnfs.testing.traces import Call, Trace
 
-VERSION = 2
+VERSION = 3
 
 #: The most that a file may unpack to: this many bytes, or times the size of input and parameters.
 MOST_BYTES, MOST_TIMES = 1 << 30, 256
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a run depends on.
-
-    Attributes:
-        arrays: those of the input, and the model's parameters and buffers.
-        layers: path and type of each place of the model.
-    """
-
-    arrays: dict[str, Array]
-    layers: list[list[str]]
-
-
-def setting(model: nn.Module, input: Any) -> Setting:
-    """What a run of the model on that input depends on."""
+def setting(model: nn.Module, input: Any) -> dict[str, Array]:
+    """What a run depends on: the input, parameters and buffers, and the types of the layers."""
     found = {f"input{name}": to_numpy(tensor) for name, tensor in leaves(input).items()}
     for path, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
             found[f"parameter {path}"] = to_numpy(tensor)
-    layers = [[place.path, place.kind] for place in walk(model)]
-    return Setting({key: _narrow(array) for key, array in found.items()}, layers)
+    layers = {place.path: place.kind for place in walk(model)}
+    return {"network": _text(layers)} | {key: _narrow(array) for key, array in found.items()}
 
 
-def save(name: str, here: Setting, traces: Iterable[Trace], environment: dict[str, str]) -> None:
-    """Write parameters, input and all that the candidates showed to an ``.npz`` file, whole.
+def save(
+    name: str, here: dict[str, Array], traces: Iterable[Trace], environment: dict[str, str]
+) -> None:
+    """Write the setting and all that the candidates showed to an ``.npz`` file, whole.
 
     Raises:
         ValueError: the file cannot be written.
     """
-    arrays, runs = dict(here.arrays), []
+    arrays, runs = dict(here), []
     for trace in traces:
         device = f"{trace.device} ({environment.get(f'device {trace.device}', 'elsewhere')})"
         runs.append(_packed(asdict(replace(trace, again=None, device=device)), arrays))
-    about = {"version": VERSION, "layers": here.layers, "runs": runs}
-    content: dict[str, Any] = {**arrays, "about": np.frombuffer(json.dumps(about).encode(), "u1")}
+    content: dict[str, Any] = {**arrays, "about": _text({"version": VERSION, "runs": runs})}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **content)
     write_whole(name, buffer.getvalue())
 
 
-def load(name: str, here: Setting) -> list[Trace]:
+def load(name: str, here: dict[str, Array]) -> list[Trace]:
     """The traces of a file that `save` wrote in this very setting.
 
     Raises:
         ValueError: no such file, or one of another kind or version, of another model or input, or
             one that would unpack to too much.
     """
-    most = max(MOST_BYTES, MOST_TIMES * sum(array.nbytes for array in here.arrays.values()))
+    most = max(MOST_BYTES, MOST_TIMES * sum(array.nbytes for array in here.values()))
     try:
         with ZipFile(name) as file:
             members = file.infolist()
@@ -82,28 +70,30 @@ def load(name: str, here: Setting) -> list[Trace]:
                 raise ValueError(f"it would unpack to {size} bytes, more than the {most} allowed")
             arrays = {each.filename.removesuffix(".npy"): _array(file, each) for each in members}
         about: dict[str, Any] = json.loads(arrays.pop("about").tobytes())
-        version, layers, runs = about["version"], about["layers"], about["runs"]
+        version, runs = about["version"], about["runs"]
     except Exception as error:
         # Zip, JSON and NumPy raise a dozen kinds for as many kinds of damage; all mean the same.
         raise ValueError(f"{name!r} is no golden file: {_said(error)}") from None
     if version != VERSION:
         raise ValueError(f"{name!r} has version {version!r} of the format, expected {VERSION}")
-    recorded = {key for key in arrays if key.startswith(("input", "parameter "))}
-    for key in sorted(recorded | here.arrays.keys()):
-        same = key in arrays and key in here.arrays
-        if not same or not np.array_equal(arrays[key], here.arrays[key], equal_nan=True):
+    kept = {key for key in arrays if not key.startswith("array ")}
+    for key in sorted(kept | here.keys()):
+        same = key in arrays and key in here
+        if not same or not np.array_equal(arrays[key], here[key], equal_nan=True):
             raise ValueError(
                 f"{name!r} was made from another {key}; it takes the same data, network and seed"
             )
-    if layers != here.layers:
-        raise ValueError(f"{name!r} was made from another network: its layers are {layers!r}")
     if not runs:
         raise ValueError(f"{name!r} holds no runs")
     try:
-        paths = {path for path, _ in here.layers} | {""}
+        paths = {*json.loads(here["network"].tobytes()), ""}
         return [_trace(_unpacked(run, arrays), paths) for run in runs]
     except Exception as error:
         raise ValueError(f"{name!r} is damaged: {_said(error)}") from None
+
+
+def _text(value: Any) -> Array:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def _array(file: ZipFile, member: ZipInfo) -> Array:

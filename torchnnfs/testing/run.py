@@ -32,7 +32,7 @@ from torchnnfs.testing.models import (
     to_numpy,
 )
 from torchnnfs.testing.outcome import Outcome
-from torchnnfs.testing.precision import PRECISIONS
+from torchnnfs.testing.precision import PRECISIONS, Array
 from torchnnfs.testing.problem import Problem, nominal
 from torchnnfs.testing.processes import stopped
 from torchnnfs.testing.reference import Reference
@@ -100,7 +100,7 @@ class Run:
         self.rows = self.batches = 0
         self.whole: dict[int, Seen] = {}
         self.traces: list[Trace] = []
-        self.setting: golden.Setting | None = None
+        self.setting: dict[str, Array] | None = None
 
     def take(self, input: Any, target: Any, keep: bool) -> None:
         """Judge a batch if it is this process's turn; with `keep`, the only one, keep traces."""
