@@ -38,7 +38,7 @@ from torchnnfs.testing.comparison import Comparison, compare
 from torchnnfs.testing.files import check_writable, write_whole
 from torchnnfs.testing.models import leaves
 from torchnnfs.testing.outcome import plain
-from torchnnfs.testing.processes import Alone, processes
+from torchnnfs.testing.processes import Processes, processes
 from torchnnfs.testing.report import show
 from torchnnfs.version import __version__
 
@@ -262,7 +262,7 @@ def _console() -> Console:
     return console
 
 
-def _page(arguments: argparse.Namespace, group: Alone) -> int:
+def _page(arguments: argparse.Namespace, group: Processes) -> int:
     device = _devices(arguments.device)[0]
     return AGREES if page.show(page.compute(device), _console()) else DISAGREES
 
@@ -306,7 +306,7 @@ def _files(arguments: argparse.Namespace) -> dict[str, str]:
     return files
 
 
-def _compare(arguments: argparse.Namespace, group: Alone) -> int:
+def _compare(arguments: argparse.Namespace, group: Processes) -> int:
     own = arguments.model is not None
     for option in _BOOK if own else _OWN:
         if getattr(arguments, option) is not None:
@@ -360,7 +360,7 @@ def _report(
         raise failures[0]
 
 
-def _run(argv: Sequence[str] | None, group: Alone) -> tuple[int, str]:
+def _run(argv: Sequence[str] | None, group: Processes) -> tuple[int, str]:
     """The exit status, and a line where something went wrong."""
     arguments = None
     try:

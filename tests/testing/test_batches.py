@@ -1,8 +1,6 @@
 """Inputs in batches and in several processes: the rows are those of the whole."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import tracemalloc
@@ -223,8 +221,10 @@ def test_two_processes_share_the_batches(tmp_path):
     assert tried[0] == tried[1] != []
 
 
-ENDS = """
-import os, signal, sys, datetime
+# Both processes come from one that has imported torch already, and not from torchrun, which ends
+# the others as soon as the first has ended.
+PAIRS = """
+import datetime, json, os, signal, socket, sys
 import torch
 from torchnnfs.__main__ import main
 from torchnnfs.testing import processes
@@ -232,70 +232,71 @@ from torchnnfs.testing import processes
 class Ends(torch.nn.Module):
     def forward(self, input):
         if os.environ["RANK"] == "1" and (input == 9).any():
-            if END == "error":
+            if end == "error":
                 raise ValueError("no nines")
-            os.kill(os.getpid(), signal.Signals[END])
+            if end:
+                os.kill(os.getpid(), signal.Signals[end])
         return input
 
-END, model = sys.argv.pop(1), Ends()
-processes.SILENCE = datetime.timedelta(seconds=2)
-sys.exit(main())
-"""
-
-
-@pytest.fixture
-def two(tmp_path):
-    """Start the command line as two processes, without torchrun, which would end the other."""
+def pair(command):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    (tmp_path / "ends.py").write_text(ENDS)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2")
+    children, statuses = [], []
+    for rank in "01":
+        children.append(os.fork())
+        if not children[-1]:
+            os.environ["RANK"] = rank
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(name + rank, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os._exit(main(command.split()))
+    for child in children:
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        if end == "SIGSTOP" and child == children[0]:
+            os.kill(children[1], signal.SIGKILL)
+    return statuses, open("err0").read(), open("err1").read()
+
+model = Ends()
+processes.SILENCE = datetime.timedelta(seconds=2)
+for end, command in json.loads(sys.argv[1]):
+    print(json.dumps(pair(command)))
+"""
+
+
+def test_two_processes_end_together(tmp_path):
+    command = "compare __main__:model --input"
+    lost = "torchnnfs: compare expects 2 processes to the end, but one of them has stopped: "
+    cases = [
+        # of process 1 alone, how it ends; the command; statuses; how the only line begins
+        ("SIGKILL", f"{command} x.npy", [2, -9], lost),
+        ("SIGSTOP", f"{command} x.npy", [2, -9], lost),
+        (
+            "error",
+            f"{command} x.npy",
+            [2, 2],
+            "torchnnfs: Ends raised ValueError: no nines; the in",
+        ),
+        ("error", f"{command} y.npy", [2, 2], "torchnnfs: --input 'y.npy' cannot be read: "),
+        ("error", "compare --sampels 3", [2, 2], "torchnnfs: unrecognized arguments: --sampels"),
+        ("", f"{command} x.npy --reference z.npy", [1, 1], ""),
+    ]
     np.save(tmp_path / "x.npy", np.float32(range(40)).reshape(20, 2) % 15)
-    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    started = []
-
-    def start(*arguments):
-        started.extend(
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=tmp_path,
-                env={**os.environ, **there, "RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        )
-        return started
-
-    yield start
-    for each in started:
-        each.kill()
-        each.communicate()
-
-
-@pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])
-def test_a_process_that_is_killed_or_halted_ends_the_run(two, end):
-    first, _ = two("ends.py", end, "compare", "__main__:model", "--input", "x.npy")
-    _, words = first.communicate(timeout=60)
-    assert first.returncode == 2
-    assert "expects 2 processes to the end, but one of them has stopped" in words
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("compare __main__:model --input x.npy", "Ends raised ValueError: no nines; the input was"),
-        ("compare __main__:model --input y.npy", "--input 'y.npy' cannot be read"),
-        ("compare --sampels 3", "unrecognized arguments: --sampels; did you mean --samples?"),
-    ],
-)
-def test_an_error_in_any_process_is_said_once_and_ends_all(two, command, words):
-    started = two("ends.py", "error", *command.split())
-    errors = [each.communicate(timeout=60)[1] for each in started]
-    assert [each.returncode for each in started] == [2, 2]
-    assert words in errors[0]
-    assert (errors[0].count("\n"), errors[1]) == (1, "")
+    np.save(tmp_path / "z.npy", np.zeros((20, 2)))
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    run = subprocess.run(
+        [sys.executable, "pairs.py", json.dumps([case[:2] for case in cases])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr
+    for case, line in zip(cases, run.stdout.splitlines(), strict=True):
+        statuses, *words = json.loads(line)
+        assert statuses == case[2], (case, words)
+        assert words[0].startswith(case[3]), words
+        assert (words[0].count("\n"), words[1]) == (bool(case[3]), "")
 
 
 def test_a_world_without_a_meeting_place_is_one_process(monkeypatch, capsys):

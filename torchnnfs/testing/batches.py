@@ -14,13 +14,13 @@ from torch import Tensor
 
 from torchnnfs.testing.judge import rows_in
 from torchnnfs.testing.models import convert, leaves
-from torchnnfs.testing.processes import Alone
+from torchnnfs.testing.processes import Processes
 
 #: Rows that are judged at a time: with more of them memory does not grow.
 ROWS = 30_000
 
 
-def in_batches(input: Any, group: Alone, done: Callable[[int, int], object]) -> Any:
+def in_batches(input: Any, group: Processes, done: Callable[[int, int], object]) -> Any:
     """The input in batches, where it is long or several processes share it.
 
     It stays whole where its arrays have other lengths: then they have no common rows. `done` is

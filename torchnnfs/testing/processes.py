@@ -21,40 +21,15 @@ _FAILED, _END = -1, sys.maxsize
 _ELSEWHERE = "another process has failed"
 
 
-class Alone:
-    """One process, which waits for no other."""
-
-    group: dist.ProcessGroup | None = None
-    rank, size = 0, 1
-
-    def check(self) -> None:
-        """Go on only while all others do.
-
-        Raises:
-            RuntimeError: one of them has failed or stopped.
-        """
-
-    def meet(self) -> None:
-        """Wait until all others are here, however long they work; raises as `check` does."""
-
-    def agreed(self, status: int, message: str) -> tuple[int, str]:
-        """The exit status of all, and the message that this process has to print."""
-        return status, message
-
-
-class Together(Alone):
-    """Several processes. A thread of each says several times a second how far it is.
+class Processes:
+    """One process, or several. A thread of each says several times a second how far it is.
 
     So a process may work on a batch for hours, and one that was killed or halted is found out.
     """
 
-    def __init__(self) -> None:
-        self.group = dist.group.WORLD
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        try:
-            self._beats = dist.new_group(timeout=SILENCE)
-        except RuntimeError as error:
-            raise RuntimeError(stopped(self.size, error)) from error
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank, self.size = (group.rank(), group.size()) if group else (0, 1)
         self._mine = self._least = 0  # to how many meetings this process, and all, have come
         self._lost = ""
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -63,20 +38,27 @@ class Together(Alone):
     def _beat(self) -> None:
         stage = torch.tensor(0)
         try:
-            while _FAILED < self._least < _END:
-                dist.all_reduce(stage.fill_(self._mine), dist.ReduceOp.MIN, self._beats)
+            beats = dist.new_group(timeout=SILENCE) if self.group else None
+            while self.group and _FAILED < self._least < _END:
+                dist.all_reduce(stage.fill_(self._mine), dist.ReduceOp.MIN, beats)
                 self._least = int(stage)
                 time.sleep(0.05)
         except RuntimeError as error:
             self._lost = stopped(self.size, error)
 
-    def check(self) -> None:  # noqa: D102
+    def check(self) -> None:
+        """Go on only while all others do.
+
+        Raises:
+            RuntimeError: one of them has failed or stopped.
+        """
         if self._lost or self._least == _FAILED:
             raise RuntimeError(self._lost or _ELSEWHERE)
 
-    def meet(self) -> None:  # noqa: D102
+    def meet(self) -> None:
+        """Wait until all others are here, however long they work; raises as `check` does."""
         self._mine += 1
-        while self._least < self._mine:
+        while self.group and self._least < self._mine:
             self.check()
             time.sleep(0.02)
 
@@ -85,12 +67,13 @@ class Together(Alone):
         self._mine = stage
         self._thread.join()
 
-    def agreed(self, status: int, message: str) -> tuple[int, str]:  # noqa: D102
+    def agreed(self, status: int, message: str) -> tuple[int, str]:
+        """The exit status of all, and the message that this process has to print."""
         self.leave(_FAILED if message else _END)
+        if self.group is None or self._lost:
+            return status, message
         ends = [(status, message)] * self.size
         try:
-            if self._lost:
-                raise RuntimeError(self._lost)
             dist.all_gather_object(ends, (status, message))
         except RuntimeError:  # nobody else may be left to speak
             return status, message
@@ -106,20 +89,18 @@ def stopped(size: int, error: RuntimeError) -> str:
 
 
 @contextmanager
-def processes() -> Iterator[Alone]:
+def processes() -> Iterator[Processes]:
     """The processes of torchrun, where it started several."""
     # Some clusters set WORLD_SIZE alone; torchrun says as well where the processes meet.
     if "MASTER_ADDR" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Alone()
+        yield Processes(None)
         return
     # Imported after the group is made it would keep the group, and its threads, to the end.
     import_module("torch.distributed.nn")
     dist.init_process_group("gloo", timeout=TOGETHER)
+    together = Processes(dist.group.WORLD)
     try:
-        together = Together()
-        try:
-            yield together
-        finally:
-            together.leave()
+        yield together
     finally:
+        together.leave()
         dist.destroy_process_group()
