@@ -196,6 +196,10 @@ def test_command_line_takes_batches_by_itself(tmp_path, capsys, monkeypatch):
     assert main([*command, str(tmp_path / "parts")]) == 0
     assert "1200 rows in 3 batches" in capsys.readouterr().out.replace("\n", " ")
     same_rows(rows_of(tmp_path / "whole"), rows_of(tmp_path / "parts"))
+    assert main([*command, "-", "--backward"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert "Gradients are of the mean loss of each batch." in document["notes"]
+    assert "0 Dense dL/dW" in [f"{row['layer']} {row['kind']}" for row in document["rows"]]
 
 
 def test_two_processes_share_the_batches(tmp_path):
