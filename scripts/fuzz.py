@@ -77,7 +77,7 @@ def change_array(chance, about, arrays):
         lambda: array.astype(complex),
         lambda: array.astype("i8"),
         lambda: array.T[None],
-        lambda: array[:1],
+        lambda: np.atleast_1d(array)[:1],
         lambda: np.zeros((0, 3)),
         lambda: np.full_like(array, np.nan),
         lambda: np.full_like(array, -np.inf),

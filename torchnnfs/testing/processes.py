@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 #: A process that says nothing for so long has stopped; how long all may take for what they share.
-SILENCE, TOGETHER = timedelta(seconds=20), timedelta(seconds=60)
+SILENCE, TOGETHER = timedelta(seconds=15), timedelta(seconds=60)
 
 _FAILED, _END = -1, sys.maxsize
 _ELSEWHERE = "another process has failed"
