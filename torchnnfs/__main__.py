@@ -227,8 +227,7 @@ def _loaded(option: str, name: str) -> Any:
                 return torch.from_numpy(content)
             return {key: torch.from_numpy(content[key]) for key in content.files}
     except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        no_file = isinstance(error, OSError)
-        reason = str(error) if no_file else "it is no .npy or .npz file of numbers"
+        reason = error if isinstance(error, OSError) else "it is no .npy or .npz file of numbers"
         raise ValueError(f"--{option} {name!r} cannot be read: {reason}") from None
 
 
@@ -256,15 +255,13 @@ class _Console(Console):
 
 
 def _console() -> Console:
-    console = _Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # a file or a pipe has no width of its own
-    return console
+    wide = None if sys.stdout.isatty() else 120  # a file or a pipe has no width of its own
+    return _Console(highlight=False, width=wide)
 
 
 def _page(arguments: argparse.Namespace, group: Processes) -> int:
-    device = _devices(arguments.device)[0]
-    return AGREES if page.show(page.compute(device), _console()) else DISAGREES
+    agrees = page.show(page.compute(_devices(arguments.device)[0]), _console())
+    return AGREES if agrees else DISAGREES
 
 
 def _show(facts: dict[str, str], comparison: Comparison, skipped: Sequence[str]) -> None:
@@ -313,7 +310,8 @@ def _compare(arguments: argparse.Namespace, group: Processes) -> int:
             fit = f"the book's network; {arguments.model} is another"
             fit = fit if own else "a model of your own: name it, as mymodule:model"
             raise ValueError(f"--{option} is for {fit}")
-    devices, files = _devices(arguments.device), _files(arguments)
+    devices = _devices(arguments.device)
+    files = {} if group.rank else _files(arguments)
     with shown() as (say, done):
         say("making the model and its input")
         task, facts = _own(arguments) if own else _spiral(arguments)

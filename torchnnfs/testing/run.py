@@ -208,13 +208,13 @@ class Run:
 
     def _check_lengths(self) -> None:
         """Arrays for all batches together have as many rows as these."""
-        arrays = {
-            f"the array {f'at {path!r}' if path else 'for the output'}": each.output
-            for path, each in self.reference.recorded.items()
-        }
+        arrays = [(path, each.output) for path, each in self.reference.recorded.items()]
+        named = [
+            (f"the array {f'at {path!r}' if path else 'for the output'}", a) for path, a in arrays
+        ]
         if self.backward and self.target is not None:
-            arrays["the target"] = self.target
-        for name, array in arrays.items():
+            named.append(("the target", self.target))
+        for name, array in named:
             if self.batches > 1 and len(array) != self.rows:
                 raise ValueError(
                     f"compare expects {name} to have a row for each row of the batches, "
