@@ -192,7 +192,7 @@ def test_a_model_of_ones_own(own, input, capsys):
 def test_a_wrong_model_of_ones_own(own, capsys):
     command = ["compare", "usermodule:leaky", "--input", "x.npy"]
     assert main([*command, "--reference", "usermodule:trusted"]) == 1
-    assert "DISAGREES: the model on cpu in float64, layer (output) Net" in capsys.readouterr().out
+    assert "DISAGREES: the model on cpu in float64, the output of Net differs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
