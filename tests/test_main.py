@@ -96,7 +96,11 @@ def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, caps
         ("compare --samples 0", "spiral expects samples to be at least 1, got 0"),
         ("compare --samples ten", "argument --samples: invalid int value: 'ten'"),
         ("compare --classes 300", "at most 256 classes"),
-        ("compare --hidden -1", "classifier expects width 1 to be at least 1, got -1"),
+        (
+            "compare --hidden -1",
+            "cannot be made: Trying to create tensor with negative dimension -1",
+        ),
+        ("compare --hidden 0", "classifier expects width 1 to be at least 1, got 0"),
         ("compare --seed -1", "Seed must be between 0 and 2**32 - 1"),
         ("compare --dtype int8", "invalid choice: 'int8'"),
         ("compare --device warp", "--device 'warp' is unknown to torch; here are cpu"),
@@ -117,7 +121,7 @@ def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, caps
         ("compare --candidates numbers", "argument --candidates: invalid choice: 'numbers'"),
         (
             "compare --hidden 100000000 100000000",
-            "no memory for the network 2 -> 100000000 -> 100000000 -> 3: Dense, ReLU, ..., Dense",
+            "2 -> 100000000 -> 100000000 -> 3: Dense, ReLU, ..., Dense, Softmax cannot be made",
         ),
         (
             "compare --candidates onnx --dtype bfloat16",
@@ -192,7 +196,10 @@ def test_a_model_of_ones_own(own, input, capsys):
 def test_a_wrong_model_of_ones_own(own, capsys):
     command = ["compare", "usermodule:leaky", "--input", "x.npy"]
     assert main([*command, "--reference", "usermodule:trusted"]) == 1
-    assert "DISAGREES: the model on cpu in float64, the output of Net differs" in capsys.readouterr().out
+    assert (
+        "DISAGREES: the model on cpu in float64, the output of Net differs"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NoReturn
 from zipfile import BadZipFile
@@ -22,7 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from torchnnfs._signals import WORDS, Stopped, handle, stop
-from torchnnfs.modules import Dense, classifier
+from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
 from torchnnfs.testing import html, page, plot
 from torchnnfs.testing.batches import in_batches, shown
@@ -157,15 +158,14 @@ def _spiral(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
     samples, classes, hidden, seed = map({**_BOOK, **given}.__getitem__, _BOOK)
     widths = 2, *hidden, classes
     network = f"{' -> '.join(map(str, widths))}: Dense, ReLU, ..., Dense, Softmax"
+    try:  # to have its memory, before minutes are spent on drawing it
+        _ = [torch.empty(pair) for pair in pairwise(widths)]
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the network {network} cannot be made: {reason}") from None
     stream = np.random.RandomState(seed)
-    try:  # before minutes are spent on drawing it
-        model = classifier(*widths, device="meta").to_empty(device="cpu")
-    except RuntimeError as error:
-        raise ValueError(f"--hidden: no memory for the network {network}: {error}") from None
     points, target = spiral(samples, classes, generator=stream, device="cpu")
-    for layer in model:
-        if isinstance(layer, Dense):
-            layer.reset_parameters(stream)
+    model = classifier(*widths, generator=stream, device="cpu")
     facts = {
         "network": network,
         "data": f"spiral, {samples} samples x {classes} classes = {len(points)} rows",
