@@ -34,7 +34,7 @@ def test_every_mutant_is_one_change_that_python_can_read(mutation, file):
 
 
 def test_a_sample_is_that_of_its_seed_and_has_every_file(mutation):
-    files = ["spiral.py", "streams.py", "testing/judge.py"]
+    files = ["spiral.py", "streams.py"]
     first = mutation.sample(files, 12, seed=0)
     assert first == mutation.sample(files, 12, seed=0)
     assert first != mutation.sample(files, 12, seed=1)

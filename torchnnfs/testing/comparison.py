@@ -92,7 +92,7 @@ class Comparison(Outcome):
                 "save_golden expects a comparison of one tensor, tuple or dict, got one of "
                 "batches, whose results are not kept; join the batches with torch.cat"
             )
-        golden.save(path, self.setting, self.traces, self.environment)
+        write_whole(path, golden.content(self.setting, self.traces, self.environment))
 
     def __repr__(self) -> str:
         return f"<Comparison: {self.verdict}>"

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from torchnnfs.testing.candidates import DTYPES
-from torchnnfs.testing.files import write_whole
 from torchnnfs.testing.models import leaves, to_numpy, walk
 from torchnnfs.testing.precision import Array
 from torchnnfs.testing.traces import Call, Trace
@@ -36,26 +35,20 @@ def setting(model: nn.Module, input: Any) -> dict[str, Array]:
     return {"network": _text(layers)} | {key: _narrow(array) for key, array in found.items()}
 
 
-def save(
-    name: str, here: dict[str, Array], traces: Iterable[Trace], environment: dict[str, str]
-) -> None:
-    """Write the setting and all that the candidates showed to an ``.npz`` file, whole.
-
-    Raises:
-        ValueError: the file cannot be written.
-    """
+def content(here: dict[str, Array], traces: Iterable[Trace], environment: dict[str, str]) -> bytes:
+    """The setting and all that the candidates showed, as an ``.npz`` file."""
     arrays, runs = dict(here), []
     for trace in traces:
         device = f"{trace.device} ({environment.get(f'device {trace.device}', 'elsewhere')})"
         runs.append(_packed(asdict(replace(trace, again=None, device=device)), arrays))
-    content: dict[str, Any] = {**arrays, "about": _text({"version": VERSION, "runs": runs})}
+    whole: dict[str, Any] = {**arrays, "about": _text({"version": VERSION, "runs": runs})}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **content)
-    write_whole(name, buffer.getvalue())
+    np.savez_compressed(buffer, **whole)
+    return buffer.getvalue()
 
 
 def load(name: str, here: dict[str, Array]) -> list[Trace]:
-    """The traces of a file that `save` wrote in this very setting.
+    """The traces of a file that `content` made in this very setting.
 
     Raises:
         ValueError: no such file, or one of another kind or version, of another model or input, or
