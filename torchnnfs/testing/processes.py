@@ -100,6 +100,7 @@ def processes() -> Iterator[Processes]:
     dist.init_process_group("gloo", timeout=TOGETHER)
     together = Processes(dist.group.WORLD)
     try:
+        together.meet()  # all are connected
         yield together
     finally:
         together.leave()
