@@ -25,10 +25,8 @@ from torchnnfs.kernel import (
     Derived,
     Kernel,
     chain,
-    into,
     kernel,
     mean_loss,
-    memory,
     warn,
 )
 from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
@@ -45,9 +43,10 @@ class _Held(NamedTuple):
 
     kernel: Kernel
     tensors: list[Tensor]
-    places: bytes  # as the kernel gets them
     slots: list[tuple[nn.Module, str, Tensor | None, int, torch.Size]]
+    places: bytes  # as the kernel gets them
     values: list[Tensor]
+    like: tuple[torch.dtype, bool]
 
 
 class _Structure:
@@ -55,18 +54,17 @@ class _Structure:
 
     def __init__(self, model: nn.Sequential) -> None:
         named = [each for _, each in model.named_modules(remove_duplicate=False)]
-        # A LazyDense becomes a Dense by its first input.
-        kinds = [Dense if type(each) is LazyDense else type(each) for each in named]
-        self.model, self.parts = model, list(zip(named, kinds, strict=True))
         inner = [each for each in named if type(each) is nn.Sequential]
+        self.model, self.layers = model, [each for each in named if type(each) is not nn.Sequential]
         self.sequences = [(each, [*each._modules.values()]) for each in inner]
-        self.layers = [each for each in named if type(each) is not nn.Sequential]
+        # A LazyDense becomes a Dense by its first input.
+        self.parts = [(each, Dense if type(each) is LazyDense else type(each)) for each in named]
         self.dense: list[nn.Linear] = []
         self.relus: list[bool] = []
         self.softmax: nn.Softmax | None = None
-        self.order = ""  # why a kernel cannot compute them in this order
+        self.order = self.reason = ""  # why no kernel computes any input, or the last one
         self.shapes: list[Any] = []
-        self.held: dict[Any, _Held] = {}
+        self.held: _Held | None = None
         for layer in self.layers:
             if type(layer) not in _KNOWN:
                 raise TypeError(
@@ -84,7 +82,29 @@ class _Structure:
                 self.relus[-1] = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "held": {}}
+        return {**vars(self), "held": None}
+
+    def elsewhere(self, input: Any) -> str:
+        """Why the layers must compute, as things are outside of them; "" if they need not."""
+        for sequence, layers in self.sequences:
+            if [*sequence._modules.values()] != layers:
+                raise RuntimeError(AGAIN)
+        if is_in_torch_dispatch_mode() or has_torch_function((input,)):
+            return "a mode or a subclass of torch's takes part"
+        if is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if _are_functorch_transforms_active():
+            return "a transformation of torch.func follows each layer"
+        if _is_tracing() or forward_ad._current_level >= 0:
+            return "torch.jit.trace or forward-mode differentiation follows each layer"
+        if (
+            hooks._global_forward_hooks
+            or hooks._global_forward_pre_hooks
+            or hooks._global_backward_hooks
+            or hooks._global_backward_pre_hooks
+        ):
+            return "a hook is registered for all modules"
+        return ""
 
     def why_not(self) -> str:
         for module, kind in self.parts:  # spelled out, since each call pays for it
@@ -103,11 +123,45 @@ class _Structure:
                 return f"a {kind.__name__} has hooks or a forward of its own"
         return self.order
 
-    def read(self, like: Tensor) -> _Held | str:
+    def prepare(self, input: Any) -> tuple[_Held, Any, int, int] | None:
+        """Parameters, what holds the input, its samples and address; None if the layers must."""
+        self.reason = ""
+        if self.elsewhere(input) or self.why_not():
+            return None
+        try:
+            found = self.read(input) if type(input) in _PLAIN else "the input is no plain tensor"
+        except NotImplementedError:
+            found = "the input has no memory of its own"
+        if isinstance(found, tuple):
+            return found
+        self.reason = found
+        return None
+
+    def read(self, input: Tensor) -> tuple[_Held, Any, int, int] | str:
+        """The same, or why the layers must."""
+        kept, held = input.untyped_storage(), self.parameters(input)
+        if isinstance(held, str):
+            return held
+        shape, kernel = input.shape, held.kernel
+        if not shape or shape[-1] != kernel.chain.widths[0]:
+            return "the input is not what the layers expect"
+        if self.softmax is not None and self.softmax.dim not in (-1, len(shape) - 1):
+            return "the softmax is along another dimension than the last"
+        samples = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
+        if samples < kernel.least or not samples:
+            return kernel.reason or "the samples are too few"
+        if not input.is_contiguous() or input.is_neg():
+            copy = input.detach().resolve_neg().contiguous()
+            return held, copy, samples, copy.data_ptr()
+        address = input.data_ptr()
+        if input.untyped_storage() is not kept:
+            return self.read(input)  # another thread gave it other memory meanwhile
+        return (held, kept, samples, address) if address else "the input has no memory of its own"
+
+    def parameters(self, like: Tensor) -> _Held | str:
         """The parameters as they are now, for an input of this type; or why the layers must."""
-        dtype = like.dtype
-        held = self.held.get((dtype, like.is_cpu))
-        if held is None:
+        held, dtype = self.held, like.dtype
+        if held is None or held.like != (dtype, like.is_cpu):
             return self.hold(like)
         for layer, name, known, address, shape in held.slots:
             tensor = layer._parameters.get(name, layer)
@@ -129,39 +183,36 @@ class _Structure:
         tensors = [each for each in found if each is not None]
         if not _PLAIN.issuperset(map(type, tensors)):
             return "a parameter is not a plain tensor, or is computed anew at each call"
-        shapes: list[Any] = [each if each is None else each.shape for each in found]
+        values = [each.data for each in tensors]
+        shapes = [each.shape for each in values]
         self.shapes = self.shapes or shapes
         if shapes != self.shapes:
             raise RuntimeError(AGAIN)
-        widths = (shapes[0][1], *(shape[0] for shape in shapes[::2]))
-        if any(shape[1] != width for shape, width in zip(shapes[::2], widths, strict=False)):
+        biases = tuple(each is not None for each in found[1::2])
+        weights = [shape for shape in shapes if len(shape) == 2]
+        widths = (weights[0][1], *(shape[0] for shape in weights))
+        fitting: list[Any] = []
+        for inputs, outputs, bias in zip(widths, widths[1:], biases, strict=False):
+            fitting += [(outputs, inputs), (outputs,)][: 1 + bias]
+        if shapes != fitting:
             return "the widths of its layers do not fit"
-        biases = tuple(shape is not None for shape in shapes[1::2])
-        found_kernel = kernel(
-            Chain(widths, biases, tuple(self.relus), self.softmax is not None),
-            like.dtype,
-            like.is_cpu,
-        )
-        if found_kernel.library is None:
-            return _Held(found_kernel, tensors, b"", [], [])
-        values = [value for each in tensors if (value := memory(each)) is not None]
-        if [(v.dtype, v.shape, v.is_cpu, v.is_contiguous(), v.is_neg()) for v in values] != [
-            (like.dtype, each.shape, True, True, False) for each in tensors
-        ]:
+        kind = like.dtype, like.is_cpu
+        if any((v.dtype, v.is_cpu) != kind or not v.is_contiguous() or v.is_neg() for v in values):
             return "a parameter is not contiguous memory of the input's dtype and device"
-        rest = iter(values)
-        places = [0 if each is None else next(rest).data_ptr() for each in found]
-        slots = [(*name, *each) for name, *each in zip(names, found, places, shapes, strict=True)]
-        self.held[like.dtype, like.is_cpu] = held = _Held(
-            found_kernel, tensors, struct.pack(f"{len(places)}q", *places), slots, values
-        )
-        return held
+        network = Chain(widths, biases, tuple(self.relus), self.softmax is not None)
+        places = [each.data_ptr() for each in values]
+        known = iter(zip(places, shapes, strict=True))
+        slots = [
+            (*name, each, *((0, each) if each is None else next(known)))
+            for name, each in zip(names, found, strict=True)
+        ]
+        packed = struct.pack(f"{len(places)}q", *places)
+        self.held = _Held(kernel(network, *kind), tensors, slots, packed, values, kind)
+        return self.held
 
 
 class Fused(nn.Sequential):
     """What `fuse` gives; see there."""
-
-    _reason = ""  # why the layers computed the last input
 
     def __init__(self, *layers: Any) -> None:
         super().__init__(*layers)
@@ -176,13 +227,13 @@ class Fused(nn.Sequential):
         """How it is computed: "kernel", "torch.compile" or "eager", and why not the first."""
         structure = self._structure
         try:
-            reason = self._why_not(None) or self._reason
+            reason = structure.elsewhere(None) or structure.why_not() or structure.reason
             held = reason or structure.hold(structure.dense[0].weight)
         except RuntimeError as error:
             return f"none, since {error}"
         if isinstance(held, str):
             return f"eager, since {held}"
-        if held.kernel.library is not None:
+        if held.kernel.run is not None:
             return "kernel"
         way = "torch.compile" if held.kernel.least < math.inf else "eager"
         return f"{way}, since {held.kernel.reason}"
@@ -190,90 +241,32 @@ class Fused(nn.Sequential):
     def extra_repr(self) -> str:  # noqa: D102
         return f"formulation: {self.formulation}"
 
-    def _why_not(self, input: Any) -> str:
-        """Why the layers must compute, whatever the numbers are; "" if they need not."""
-        for sequence, layers in self._structure.sequences:
-            if [*sequence._modules.values()] != layers:
-                raise RuntimeError(AGAIN)
-        if is_in_torch_dispatch_mode() or has_torch_function((input,)):
-            return "a mode or a subclass of torch's takes part"
-        if is_autocast_enabled("cpu"):
-            return "autocast is on"
-        if _are_functorch_transforms_active():
-            return "a transformation of torch.func follows each layer"
-        if _is_tracing() or forward_ad._current_level >= 0:
-            return "torch.jit.trace or forward-mode differentiation follows each layer"
-        if (
-            hooks._global_forward_hooks
-            or hooks._global_forward_pre_hooks
-            or hooks._global_backward_hooks
-            or hooks._global_backward_pre_hooks
-        ):
-            return "a hook is registered for all modules"
-        return self._structure.why_not()
-
-    def _prepare(self, input: Any) -> tuple[_Held, Tensor, int] | None:
-        """What to compute, on what and how many samples; None if the layers must do it."""
-        self.__dict__["_reason"] = ""
-        if self._why_not(input):
-            return None
-        reason, softmax = "", self._structure.softmax
-        held = (
-            self._structure.read(input) if type(input) in _PLAIN else "the input is no plain tensor"
-        )
-        x = None if isinstance(held, str) else memory(input)
-        if isinstance(held, str):
-            reason = held
-        elif x is None:
-            reason = "the input is empty or has no memory of its own"
-        else:
-            shape, inputs = x.shape, held.kernel.chain.widths[0]
-            if not shape or shape[-1] != inputs:
-                reason = "the input is not what the layers expect"
-            elif softmax is not None and softmax.dim != -1 and softmax.dim != len(shape) - 1:
-                reason = "the softmax is along another dimension than the last"
-            else:
-                samples = x.numel() // inputs
-                if samples >= held.kernel.least:
-                    if not x.is_contiguous() or x.is_neg():
-                        x = x.resolve_neg().contiguous()
-                    return held, x, samples
-                reason = held.kernel.reason or "the samples are too few"
-        self.__dict__["_reason"] = reason
-        return None
-
     def forward(self, input: Tensor, out: Tensor | None = None) -> Tensor:  # noqa: D102
-        if is_compiling():
-            traced = self._traced(input, self._structure.softmax is not None)
-            return into(out, self._eager(input) if traced is None else traced)
-        found = self._prepare(input)
-        if found is None:
-            return into(out, self._eager(input))
-        held, x, samples = found
-        kernel = held.kernel
-        if kernel.library is None:
-            return into(out, self._compiled(kernel, input, held.tensors))
-        outputs = kernel.chain.widths[-1]
+        found = None if is_compiling() else self._structure.prepare(input)
+        if found is None or found[0].kernel.run is None:
+            return _into(out, self._otherwise(input, found))
+        held, kept, samples, x = found
+        kernel, outputs = held.kernel, held.kernel.chain.widths[-1]
         derived = is_grad_enabled() and any(t.requires_grad for t in (input, *held.tensors))
-        if (
+        if out is not None and (
             type(out) is Tensor
-            and (out.dtype, out.shape, out.device) == (x.dtype, (*x.shape[:-1], outputs), x.device)
+            and (out.dtype, out.device) == (input.dtype, input.device)
+            and out.shape == (*input.shape[:-1], outputs)
             and out.is_contiguous()
             and not (derived or out.is_neg() or out.requires_grad or out.is_inference())
-            and (place := memory(out)) is not None
         ):
             increment_version(out)  # autograd is to know that what it may have saved is gone
-            if kernel.forward(samples, x, held.places, place):
+            if kernel.forward(samples, x, held.places, out.detach()):
                 return out
-        if x.ndim == 2:  # which saves half a microsecond
-            result = x.new_empty(samples, outputs)
+        if input.ndim == 2:  # which saves half a microsecond
+            result = input.new_empty(samples, outputs)
         else:
-            result = x.new_empty(*x.shape[:-1], outputs)
+            result = input.new_empty(*input.shape[:-1], outputs)
         kernel.forward(samples, x, held.places, result)
         if derived:
-            given = result, None, None, (kernel, samples, x, held.places, held)
+            given = result, None, None, (kernel, samples, x, held.places, (kept, held))
             result = Derived.apply(given, input, *held.tensors)  # type: ignore[no-untyped-call]
-        return result if out is None else into(out, result)
+        return result if out is None else _into(out, result)
 
     def cross_entropy(self, input: Tensor, target: Tensor) -> Tensor:
         r"""Mean cross-entropy of the chain's output, with all gradients from one pass.
@@ -321,62 +314,89 @@ class Fused(nn.Sequential):
         elif last.dim not in (-1, input.ndim - 1):
             raise ValueError(f"cross_entropy expects a softmax along the classes, got {last}")
         logits = self._traced(input, False) if is_compiling() else None
-        found = None if is_compiling() else self._prepare(input)
-        if found and found[0].kernel.library and (classes := memory(target)) is not None:
-            held, x, samples = found
-            classes, inputs = classes.cpu().contiguous(), [input, *held.tensors]
-            grad = is_grad_enabled()
+        found = None if is_compiling() else self._structure.prepare(input)
+        if found and found[0].kernel.run and type(target) is Tensor and target.is_cpu:
+            held, kept, samples, x = found
+            inputs, classes, grad = (
+                [input, *held.tensors],
+                target.detach().contiguous(),
+                is_grad_enabled(),
+            )
             wanted = [each if grad and each.requires_grad else None for each in inputs]
-            given = held.kernel.gradients(samples, x, held.places, wanted, target=classes)
+            given = held.kernel.gradients(samples, x, held.places, wanted, None, classes)
             if given:
                 if all(each is None for each in wanted):
                     return given[0]
-                call = held.kernel, samples, x, held.places, held
+                call = held.kernel, samples, x, held.places, (kept, held)
                 result = given[0], classes, given[1], call
                 return cast(Tensor, Derived.apply(result, *inputs))  # type: ignore[no-untyped-call]
         if logits is None:
             logits = functools.reduce(lambda x, layer: layer(x), layers, input)
         return mean_loss(logits, target)
 
-    def _eager(self, input: Tensor) -> Tensor:
+    def _otherwise(self, input: Tensor, found: Any) -> Tensor:
+        """What the layers give, by `torch.compile` where it was `found` to pay."""
+        traced = self._traced(input, True) if is_compiling() else None
+        if traced is not None:
+            return traced
+        failed = ""
+        if found:
+            kernel = found[0].kernel
+            try:
+                return kernel.compiled(input, *found[0].tensors)  # type: ignore[no-any-return]
+            except RuntimeError as error:
+                failed = str(error).strip().replace(" raised:\n", " raised: ").partition("\n")[0]
         here = self._structure.model.__dict__
         # Else the layers are called: the model is no submodule of this, which tracing expects.
         if "forward" in here or any(here[name] for name in _HOOKS):
-            return cast(Tensor, self._structure.model(input))
-        return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _compiled(self, kernel: Kernel, input: Tensor, tensors: list[Tensor]) -> Tensor:
-        try:
-            return kernel.compiled(input, *tensors)
-        except RuntimeError as error:
-            result = self._eager(input)  # if this fails too, it was the input
-            said = str(error).strip().replace(" raised:\n", " raised: ")
-            kernel.reason, kernel.least = said.partition("\n")[0], math.inf
-            warn(f"torch.compile failed, eager torch is used: {kernel.reason}")
-            return result
+            result = self._structure.model(input)
+        else:
+            result = super().forward(input)  # type: ignore[no-untyped-call]
+        if failed:  # and not for the input's sake
+            kernel.reason, kernel.least = failed, math.inf
+            warn(f"torch.compile failed, eager torch is used: {failed}")
+        return cast(Tensor, result)
 
     def _traced(self, input: Tensor, softmax: bool) -> Tensor | None:
         """For torch.compile and torch.export: one operation; None for what they fuse themselves."""
+        structure = self._structure
+        if structure.why_not() or is_autocast_enabled("cpu") or torch.onnx.is_in_onnx_export():
+            return None
+        last, dense = structure.softmax, structure.dense
+        parameters = [p for layer in dense for p in (layer.weight, layer.bias) if p is not None]
         if (
-            self._structure.why_not()
-            or is_autocast_enabled("cpu")
-            or torch.onnx.is_in_onnx_export()
+            (last is not None and last.dim not in (-1, input.ndim - 1))
+            or not parameters[0].is_cpu
+            or parameters[0].dtype not in TYPES
+            or max(size for each in parameters for size in each.shape) > WIDEST
         ):
             return None
-        parameters = [
-            each for layer in self._structure.dense for each in (layer.weight, layer.bias)
-        ]
-        there = [each for each in parameters if each is not None]
-        widest = max(size for each in there for size in each.shape)
-        fits = self._structure.softmax is None or self._structure.softmax.dim in (
-            -1,
-            input.ndim - 1,
-        )
-        if not fits or not there[0].is_cpu or there[0].dtype not in TYPES or widest > WIDEST:
-            return None
-        biases = [each is not None for each in parameters[1::2]]
-        output: Tensor = chain(input, there, biases, list(self._structure.relus), softmax)
+        biases = [layer.bias is not None for layer in dense]
+        with_softmax = softmax and last is not None
+        output: Tensor = chain(input, parameters, biases, list(structure.relus), with_softmax)
         return output
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    """`result`, copied to `out` where one was given."""
+    if out is None:
+        return result
+    if not isinstance(out, Tensor):
+        raise TypeError(f"fused(input, out=...) expects a torch.Tensor, got {type(out).__name__}")
+    if is_grad_enabled() and (result.requires_grad or out.requires_grad):
+        raise RuntimeError(
+            "fused(input, out=...) does not support automatic differentiation, and an argument or "
+            "a parameter requires grad; call it under torch.no_grad()"
+        )
+    if out.numel() == 0:
+        out.resize_(result.shape)  # as torch's own functions do
+    expected, got = (
+        f"an out of shape {tuple(each.shape)} and {each.dtype} on {each.device}"
+        for each in (result, out)
+    )
+    if expected != got:
+        raise ValueError(f"fused(input, out=...) expects {expected}, got {got}")
+    return out.copy_(result)
 
 
 def fuse(model: nn.Module) -> Fused:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled
+from torch._C import _are_functorch_transforms_active  # which has no public name
 from torch.nn import functional as F
 
 #: What the kernel stores and computes in, in C++.
@@ -33,11 +34,12 @@ TYPES = {
 COMPILE_SECONDS = 60.0
 # Where one way becomes faster than another, measured (docs/speed.md).
 WIDEST = 256  # what wider layers need of a tile leaves the cache, and eager torch is faster
-TILE, HEAVY = 64, 2**15  # a part of a tile costs as much as a tile: so many products are too many
+TILE, HEAVY = 64, 2**15  # fewer samples cost as much as a tile, too much with so many weights
 COMPILED = 8000  # on a CPU, with fewer samples a call of what torch.compile made costs too much
 
 #: C++ compilers that were given up, and why.
 broken: dict[str, str] = {}
+_pack = struct.Struct("8q").pack
 
 
 class Chain(NamedTuple):
@@ -50,69 +52,62 @@ class Chain(NamedTuple):
 
 
 class Kernel:
-    """The functions of fused.cpp compiled for one chain and dtype, or the reason for none.
+    """fused.cpp compiled for one chain and dtype, or the reason why it is not."""
 
-    Of parameters they get the addresses; whoever calls them holds the memory there.
-    """
-
-    library: ctypes.CDLL | None = None
+    run: Callable[[bytes], int] | None = None
     reason, least = "", math.inf  # from so many samples on it, or torch.compile, pays
 
     def __init__(self, chain: Chain, dtype: torch.dtype, is_cpu: bool) -> None:
-        self.chain, compiler = chain, os.environ.get("CXX", "c++")
-        self._there = [there for bias in chain.biases for there in (True, bias)]
+        self.chain, self.dtype = chain, dtype
+        compiler = os.environ.get("CXX", "c++")
+        self.nothing = bytes(8 * (len(chain.biases) + sum(chain.biases)))
         if not is_cpu:
             self.reason, self.least = "it is not on the CPU", 0
         elif dtype not in TYPES or max(chain.widths) > WIDEST:
             self.reason = f"it is wider than {WIDEST}, or of {dtype}"
         elif compiler not in broken:
             try:
-                self.library = _compile(chain, dtype, compiler)
-                self._forward, self._gradients = self.library.forward, self.library.gradients
-                self._forward.argtypes = self._gradients.argtypes = [ctypes.c_char_p]
+                self.run = _compile(chain, dtype, compiler)
                 products = sum(a * b for a, b in itertools.pairwise(chain.widths))
                 self.least = TILE if products > HEAVY else 1
             except subprocess.TimeoutExpired:
                 broken[compiler] = f"{compiler!r} took longer than {COMPILE_SECONDS:g} seconds"
             except FileNotFoundError:
                 broken[compiler] = f"there is no C++ compiler {compiler!r}"
-            except (OSError, ValueError) as error:
+            except (OSError, AttributeError, ValueError) as error:
                 self.reason, self.least = str(error), COMPILED
                 warn(f"{error}; torch.compile or eager torch takes the kernel's place")
-        if not self.reason and self.library is None:
+        if not self.reason and self.run is None:
             self.reason = broken[compiler]
             warn(f"{self.reason}; eager torch is used. The variable CXX names a C++ compiler")
 
-    def places(self, parameters: Sequence[Tensor | None]) -> bytes:
-        """The address of weight and bias of each layer; 0 where there is none."""
-        rest = iter(parameters)
-        found = [next(rest) if there else None for there in self._there]
-        return struct.pack(f"{len(found)}q", *(0 if t is None else t.data_ptr() for t in found))
-
-    def forward(self, samples: int, x: Tensor, places: bytes, out: Tensor) -> bool:
+    def forward(self, samples: int, x: int, places: bytes, out: Tensor) -> bool:
         """The chain's output; False, if `out` overlaps what is read, and nothing was done."""
-        told = _pack4(samples, get_num_threads(), x.data_ptr(), out.data_ptr())
-        return not self._forward(told + places)
+        told = _pack(samples, get_num_threads(), x, out.data_ptr(), 0, 0, 0, 0)
+        return not self.run(told + places + self.nothing)  # type: ignore[misc]
 
     def gradients(
         self,
         samples: int,
-        x: Tensor,
+        x: int,
         places: bytes,
         wanted: Sequence[Tensor | None],
-        grad: Tensor | None = None,
-        target: Tensor | None = None,
+        grad: Tensor | None,
+        target: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]] | None:
         """The loss, and the gradients of what is `wanted` of input and parameters.
 
         They are those for the gradient `grad` of the output, or those of the cross-entropy of a
         `target`; None if that has other numbers than those of classes.
         """
-        first, *rest = found = [None if t is None else x.new_empty(*t.shape) for t in wanted]
-        loss = x.new_empty(())
-        ends = (0 if t is None else t.data_ptr() for t in (x, grad, target, first, loss))
-        told = struct.pack("7q", samples, get_num_threads(), *ends) + places + self.places(rest)
-        return None if self._gradients(told) else (loss, found)
+        found = [None if t is None else t.new_empty(*t.shape) for t in wanted]
+        loss = torch.empty((), dtype=self.dtype)
+        target_at, loss_at, grad_at, *ends = [
+            0 if t is None else t.data_ptr() for t in (target, loss, grad, *found)
+        ]
+        told = _pack(samples, get_num_threads(), x, 0, target_at, loss_at, grad_at, ends[0])
+        told += places + struct.pack(f"{len(ends) - 1}q", *ends[1:])
+        return None if self.run(told) else (loss, found)  # type: ignore[misc]
 
     @functools.cached_property
     def compiled(self) -> Callable[..., Tensor]:
@@ -122,7 +117,6 @@ class Kernel:
 
 
 kernel = functools.cache(Kernel)
-_pack4 = struct.Struct("4q").pack
 
 
 @functools.cache
@@ -131,24 +125,28 @@ def warn(text: str) -> None:
     warnings.warn(f"fuse: {text}", RuntimeWarning, stacklevel=2)
 
 
-def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> ctypes.CDLL:
-    lists = {"WIDTHS": chain.widths, "BIASES": chain.biases, "RELUS": chain.relus}
-    told = {name: ",".join(str(int(each)) for each in values) for name, values in lists.items()}
-    told["SOFTMAX"], (told["SCALAR"], told["REAL"]) = str(int(chain.softmax)), TYPES[dtype]
-    command = shlex.split(compiler)
-    if not command:
+def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> Callable[[bytes], int]:
+    told: dict[str, Any] = dict(zip(("SCALAR", "REAL"), TYPES[dtype], strict=True))
+    for name, values in chain._asdict().items():
+        listed = values if isinstance(values, tuple) else [values]
+        told[name.upper()] = ",".join(str(int(each)) for each in listed)
+    command = [*shlex.split(compiler), "-O3", "-march=native", "-std=c++17", "-fno-math-errno"]
+    command += ["-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
+    command += [f"-D{name}={value}" for name, value in told.items()]
+    if command[0] == "-O3":
         raise FileNotFoundError
-    command += ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math"]
-    command += ["-fopenmp", "-fPIC", "-shared", *(f"-D{name}={told[name]}" for name in told)]
     source = files("torchnnfs").joinpath("fused.cpp")
     with tempfile.TemporaryDirectory(prefix="torchnnfs-") as scratch, as_file(source) as path:
         made, errors = Path(scratch, "kernel.so"), Path(scratch, "errors")
-        command += [str(path), "-o", str(made)]
         # A file instead of a pipe, and a group of its own: when the time is up, nothing is left
         # running or waited for. A library that is loaded needs its file no longer.
         with errors.open("wb") as said:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+                [*command, str(path), "-o", str(made)],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
             )
             try:
                 failed = process.wait(COMPILE_SECONDS)
@@ -161,11 +159,11 @@ def _compile(chain: Chain, dtype: torch.dtype, compiler: str) -> ctypes.CDLL:
             why = next((line for line in lines if "error" in line), f"exit status {failed}")
             raise ValueError(f"the C++ compiler failed ({why})")
         try:
-            library = ctypes.CDLL(str(made))
-            library.forward, library.gradients  # noqa: B018
+            run = ctypes.CDLL(str(made)).run
+            run.argtypes = [ctypes.c_char_p]
         except (OSError, AttributeError) as error:
             raise ValueError(f"{compiler!r} made no library with a kernel in it") from error
-        return library
+        return run
 
 
 def formula(input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Tensor:
@@ -187,16 +185,16 @@ def chain(
     softmax: bool,
 ) -> Tensor:
     """The chain as one operation of torch's, which compile, export, autograd and vmap see."""
-    x, values = input.contiguous(), [each.contiguous() for each in parameters]
-    weights = [each for each in values if each.ndim == 2]
-    widths = (weights[0].shape[1], *map(len, weights))
-    found = kernel(
-        Chain(widths, tuple(biases), tuple(relus), softmax), input.dtype, input.device.type == "cpu"
-    )
-    if found.library is None or not input.numel():
+    tensors = [each.contiguous() for each in (input, *parameters)]
+    weights = [each for each in tensors[1:] if each.ndim == 2]
+    network = Chain((weights[0].shape[1], *map(len, weights)), tuple(biases), tuple(relus), softmax)
+    made = kernel(network, input.dtype, input.is_cpu)
+    if made.run is None or not input.numel():
         return formula(input, parameters, biases, relus, softmax)
-    out = input.new_empty(*input.shape[:-1], widths[-1])
-    found.forward(x.numel() // widths[0], x, found.places(values), out)
+    out = input.new_empty(*input.shape[:-1], network.widths[-1])
+    x, *rest = (each.data_ptr() for each in tensors)
+    places = struct.pack(f"{len(rest)}q", *rest)
+    made.forward(input.numel() // network.widths[0], x, places, out)
     return out
 
 
@@ -224,18 +222,11 @@ chain.register_autograd(_backward, setup_context=_setup_context)
 def _(info: Any, dims: Any, input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Any:
     if all(dim is None for dim in dims[1]):  # samples in one dimension more
         return chain(input.movedim(dims[0], 0), parameters, *options), 0
-
-    def at(i: int, tensor: Tensor, dim: int | None) -> Tensor:
-        return tensor if dim is None else tensor.select(dim, i)
-
-    networks = [
-        [at(i, *each) for each in zip(parameters, dims[1], strict=True)]
-        for i in range(info.batch_size)
+    each = [
+        [tensor] * info.batch_size if dim is None else tensor.unbind(dim)
+        for tensor, dim in zip((input, *parameters), (dims[0], *dims[1]), strict=True)
     ]
-    outputs = [
-        chain(at(i, input, dims[0]), network, *options) for i, network in enumerate(networks)
-    ]
-    return torch.stack(outputs), 0
+    return torch.stack([chain(x, p, *options) for x, *p in zip(*each, strict=True)]), 0
 
 
 class Derived(torch.autograd.Function):
@@ -246,21 +237,21 @@ class Derived(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, given: tuple[Any, ...], *tensors: Tensor) -> Tensor:  # noqa: D102
-        result, ctx.target, ctx.gradients, ctx.call = given
+        result, ctx.target, ctx.found, ctx.call = given
         ctx.save_for_backward(*tensors)
         return cast(Tensor, result)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: D102
         tensors, target, found, (kernel, *call, _) = ctx.saved_tensors, ctx.target, None, ctx.call
-        if not is_grad_enabled() and type(grad) is Tensor and memory(grad) is not None:
-            found, ctx.gradients = ctx.gradients, None
+        if not (is_grad_enabled() or _are_functorch_transforms_active()) and type(grad) is Tensor:
+            found, ctx.found = ctx.found, None
             if found is None:
+                given = grad.resolve_neg().contiguous() if target is None else None
                 needed = zip(tensors, ctx.needs_input_grad[1:], strict=True)
                 wanted = [tensor if needs else None for tensor, needs in needed]
-                given = grad.resolve_neg().contiguous() if target is None else None
-                _, found = kernel.gradients(*call, wanted, grad=given, target=target)
-            if target is not None and grad.item() != 1:
+                _, found = kernel.gradients(*call, wanted, given, target) or (None, None)
+            if target is not None and found and grad.item() != 1:
                 found = [None if each is None else each.mul_(grad) for each in found]
         if found is None:
             _, *options, softmax = kernel.chain
@@ -277,37 +268,3 @@ def mean_loss(output: Tensor, target: Tensor | None) -> Tensor:
     if target is None:
         return output
     return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
-
-
-def into(out: Tensor | None, result: Tensor) -> Tensor:
-    """`result`, copied to `out` where one was given."""
-    if out is None:
-        return result
-    if not isinstance(out, Tensor):
-        raise TypeError(f"fused(input, out=...) expects a torch.Tensor, got {type(out).__name__}")
-    if is_grad_enabled() and (result.requires_grad or out.requires_grad):
-        raise RuntimeError(
-            "fused(input, out=...) does not support automatic differentiation, and an argument or "
-            "a parameter requires grad; call it under torch.no_grad()"
-        )
-    if out.numel() == 0:
-        out.resize_(result.shape)  # as torch's own functions do
-    expected, got = (
-        f"an out of shape {tuple(each.shape)} and {each.dtype} on {each.device}"
-        for each in (result, out)
-    )
-    if expected != got:
-        raise ValueError(f"fused(input, out=...) expects {expected}, got {got}")
-    return out.copy_(result)
-
-
-def memory(tensor: Tensor) -> Tensor | None:
-    """Its numbers; None for tensors that have no memory of their own, or no numbers.
-
-    Others may give `tensor` other memory at any time, but not what this returns.
-    """
-    try:
-        value = tensor.data
-        return value if value.data_ptr() else None
-    except RuntimeError:
-        return None
