@@ -248,7 +248,7 @@ def test_a_hook_elsewhere_costs_nothing(model, batch, monkeypatch, both):
     both(fused_model, batch)
 
 
-@pytest.mark.parametrize("swap", ["dtype and back", "new memory"])
+@pytest.mark.parametrize("swap", ["dtype and back", "new memory", "of the input"])
 def test_memory_stays_while_other_threads_replace_it(swap, lively, both):
     model = lively(2, 5, 3)
     fused_model, input = fuse(model), torch.randn(100_000, 2)
@@ -256,8 +256,8 @@ def test_memory_stays_while_other_threads_replace_it(swap, lively, both):
 
     def disturb():
         while not stop.is_set():
-            for parameter in model.parameters():
-                if swap == "new memory":
+            for parameter in [input] if swap == "of the input" else model.parameters():
+                if swap != "dtype and back":
                     parameter.data = parameter.data.clone()
                 else:
                     parameter.data = parameter.data.double().float()
@@ -400,6 +400,9 @@ def test_models_that_cannot_be_fused():
     assert misfit.formulation == "eager, since the widths of its layers do not fit"
     with pytest.raises(ValueError, match="expects a last dimension of 4"):
         misfit(torch.ones(6, 2))
+    spread = Dense(2, 3)
+    spread.bias = nn.Parameter(torch.ones(1))  # a kernel would read two numbers past its end
+    assert fuse(spread).formulation == "eager, since the widths of its layers do not fit"
     assert (
         fuse(nn.Sequential(ReLU(), Dense(2, 3))).formulation
         == "eager, since ReLU breaks the order Dense, ReLU, ..., Softmax"

@@ -34,6 +34,7 @@ from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
 AGAIN = "the model's layers are not those that fuse saw; call fuse(model) again"
 _KNOWN = (Dense, LazyDense, ReLU, Softmax, nn.Linear, nn.ReLU, nn.Softmax)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FOR_ALL = [getattr(hooks, f"_global{name}") for name in _HOOKS]
 _PLAIN = frozenset([Tensor, nn.Parameter])
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
@@ -43,7 +44,7 @@ class _Held(NamedTuple):
 
     kernel: Kernel
     tensors: list[Tensor]
-    slots: list[tuple[nn.Module, str, Tensor | None, int, torch.Size]]
+    slots: list[Any]  # layer, name, parameter or None, address and shape
     places: bytes  # as the kernel gets them
     values: list[Tensor]
     like: tuple[torch.dtype, bool]
@@ -97,14 +98,7 @@ class _Structure:
             return "a transformation of torch.func follows each layer"
         if _is_tracing() or forward_ad._current_level >= 0:
             return "torch.jit.trace or forward-mode differentiation follows each layer"
-        if (
-            hooks._global_forward_hooks
-            or hooks._global_forward_pre_hooks
-            or hooks._global_backward_hooks
-            or hooks._global_backward_pre_hooks
-        ):
-            return "a hook is registered for all modules"
-        return ""
+        return "a hook is registered for all modules" if any(_FOR_ALL) else ""
 
     def why_not(self) -> str:
         for module, kind in self.parts:  # spelled out, since each call pays for it
@@ -128,17 +122,16 @@ class _Structure:
         self.reason = ""
         if self.elsewhere(input) or self.why_not():
             return None
-        try:
-            found = self.read(input) if type(input) in _PLAIN else "the input is no plain tensor"
-        except NotImplementedError:
-            found = "the input has no memory of its own"
-        if isinstance(found, tuple):
-            return found
-        self.reason = found
-        return None
+        found = self.read(input)
+        if isinstance(found, str):
+            self.reason = found
+            return None
+        return found
 
-    def read(self, input: Tensor) -> tuple[_Held, Any, int, int] | str:
-        """The same, or why the layers must."""
+    def read(self, input: Any) -> tuple[_Held, Any, int, int] | str:
+        """The same, or why this input is none for a kernel."""
+        if type(input) not in _PLAIN or input.layout is not torch.strided:
+            return "the input is no plain tensor"
         kept, held = input.untyped_storage(), self.parameters(input)
         if isinstance(held, str):
             return held
@@ -178,9 +171,13 @@ class _Structure:
         return held
 
     def hold(self, like: Tensor) -> _Held | str:
-        names = [(layer, name) for layer in self.dense for name in ("weight", "bias")]
-        found: list[Any] = [layer._parameters.get(name, layer) for layer, name in names]
-        tensors = [each for each in found if each is not None]
+        every: list[Any] = [
+            (layer, name, layer._parameters.get(name, layer))
+            for layer in self.dense
+            for name in ("weight", "bias")
+        ]
+        there = [slot for slot in every if slot[2] is not None]
+        tensors = [slot[2] for slot in there]
         if not _PLAIN.issuperset(map(type, tensors)):
             return "a parameter is not a plain tensor, or is computed anew at each call"
         values = [each.data for each in tensors]
@@ -188,9 +185,9 @@ class _Structure:
         self.shapes = self.shapes or shapes
         if shapes != self.shapes:
             raise RuntimeError(AGAIN)
-        biases = tuple(each is not None for each in found[1::2])
+        biases = tuple(slot[2] is not None for slot in every[1::2])
         weights = [shape for shape in shapes if len(shape) == 2]
-        widths = (weights[0][1], *(shape[0] for shape in weights))
+        widths = (*(shape[1] for shape in weights[:1]), *(shape[0] for shape in weights))
         fitting: list[Any] = []
         for inputs, outputs, bias in zip(widths, widths[1:], biases, strict=False):
             fitting += [(outputs, inputs), (outputs,)][: 1 + bias]
@@ -201,11 +198,8 @@ class _Structure:
             return "a parameter is not contiguous memory of the input's dtype and device"
         network = Chain(widths, biases, tuple(self.relus), self.softmax is not None)
         places = [each.data_ptr() for each in values]
-        known = iter(zip(places, shapes, strict=True))
-        slots = [
-            (*name, each, *((0, each) if each is None else next(known)))
-            for name, each in zip(names, found, strict=True)
-        ]
+        slots = [(*slot, *known) for slot, *known in zip(there, places, shapes, strict=True)]
+        slots += [(*slot, 0, None) for slot in every if slot[2] is None]
         packed = struct.pack(f"{len(places)}q", *places)
         self.held = _Held(kernel(network, *kind), tensors, slots, packed, values, kind)
         return self.held
@@ -293,8 +287,7 @@ class Fused(nn.Sequential):
         Example:
             >>> from torchnnfs import classifier
             >>> fused = fuse(classifier(2, 3, 3))
-            >>> loss = fused.cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1, 2, 0]))
-            >>> loss.backward()
+            >>> fused.cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])).backward()
             >>> fused[2].bias.grad
             tensor([-0.1667,  0.0833,  0.0833])
 
@@ -403,15 +396,14 @@ def fuse(model: nn.Module) -> Fused:
     r"""`model` in one pass: :math:`\mathrm{softmax}(\ldots \max(0, x W_1^T + b_1) W_2^T \ldots)`.
 
     The result is an `nn.Sequential` of the same layers. It sees once which layers there are; their
-    parameters it reads at each call, so that training, `load_state_dict`, changes in place and
-    moves to another dtype are followed. Who replaces layers calls `fuse` again, or gets an error.
+    parameters it reads at each call. Who replaces layers calls `fuse` again, or gets an error.
 
     On the CPU and up to 256 wide (inputs count too) a kernel in C++ computes the chain and its
-    gradients. It is compiled for each network and dtype, in about a second a process, by the
-    compiler that ``CXX`` names (``c++``). Elsewhere `torch.compile` makes it one. At each call it
-    is asked what the kernel would miss, as hooks, autocast or `torch.func`; if there is any, the
-    layers run, and `formulation` says why. `Fused.cross_entropy` is the loss for training. Inside
-    `torch.compile` and `torch.export` the chain is one operation, ``torchnnfs::chain``.
+    gradients. The compiler that ``CXX`` names (``c++``) makes it, in about a second a process for
+    each network and dtype. Elsewhere `torch.compile` makes one. At each call it is asked what the
+    kernel would miss, as hooks, autocast or `torch.func`; if there is any, the layers run, and
+    `formulation` says why. Inside `torch.compile` and `torch.export` the chain is one operation,
+    ``torchnnfs::chain``. Half types are computed in float32 and rounded once, at the end.
 
     Args:
         model: an `nn.Sequential`, also nested, of `Dense`, `ReLU` and `Softmax` or torch's own, or
@@ -422,8 +414,6 @@ def fuse(model: nn.Module) -> Fused:
         - out: None, or a tensor of the output's shape, dtype and device, which is then returned;
           it saves the time that fresh memory takes, the larger part of a large batch.
         - output: :math:`(*, \text{classes})`.
-
-    Half types are computed in float32 from end to end and rounded once.
 
     Attributes:
         formulation: how it is computed as things are, and why not by the kernel; also in `repr`.
@@ -439,8 +429,7 @@ def fuse(model: nn.Module) -> Fused:
 
     Example:
         >>> from torchnnfs import classifier
-        >>> model = classifier(2, 3, 3)
-        >>> fused = fuse(model)
+        >>> fused = fuse(classifier(2, 3, 3))
         >>> fused.formulation
         'kernel'
         >>> fused(torch.zeros(1, 2))
