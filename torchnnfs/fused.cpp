@@ -12,10 +12,9 @@
 // through memory; the planes of a tile stay in the first level of the cache. The backward pass
 // computes the intermediates of its tile again.
 
-#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -99,12 +98,12 @@ struct alignas(BYTES) Workspace {
 // y_j = b_j + sum_i w_ji x_i, the sums of BLOCK neurons in registers; then ReLU, which keeps NaN.
 // The weight w_ji is at weight[j * ROW + i * COLUMN]. The last block overlaps with the one before.
 template <int IN, int OUT, int ROW, int COLUMN, bool relu>
-INLINE void dense(const Scalar* weights, const Scalar* biases, const Plane* x, Plane* outputs) {
+INLINE void dense(const Scalar* weights, const Scalar* biases, const Plane* x, Plane* __restrict outputs) {
     constexpr int COUNT = OUT < BLOCK ? OUT : BLOCK;
     for (int next = 0; next < OUT; next += COUNT) {
         const int first = next < OUT - COUNT ? next : OUT - COUNT;
         const Scalar *weight = weights + first * ROW, *bias = biases ? biases + first : nullptr;
-        Plane* y = outputs + first;
+        Plane* __restrict y = outputs + first;
         Vector sum[COUNT][STRIP];
         for (int j = 0; j < COUNT; ++j)
             for (int s = 0; s < STRIP; ++s) sum[j][s] = Vector{} + (bias ? Real(bias[j]) : 0);
@@ -133,7 +132,7 @@ INLINE Vector exponential(Vector x) {
 }
 
 // Probabilities, and for the loss the largest logit and the sum of the exponentials.
-INLINE void softmax(const Plane* logits, Plane* p, Plane& top, Plane& sum) {
+INLINE void softmax(const Plane* logits, Plane* __restrict p, Plane& top, Plane& sum) {
     for (int s = 0; s < STRIP; ++s) {
         top[s] = logits[0][s], sum[s] = Vector{};
         for (int j = 1; j < OUTPUTS; ++j) top[s] = logits[j][s] > top[s] ? logits[j][s] : top[s];
@@ -157,13 +156,13 @@ INLINE void clear(Plane* planes, int width, int count) {
 }
 
 // COUNT features of `count` samples to planes; and back.
-template <int COUNT> INLINE void spread(const Scalar* rows, Plane* planes, int count) {
+template <int COUNT> INLINE void spread(const Scalar* rows, Plane* __restrict planes, int count) {
     each(count, [=](int s) {
         for (int i = 0; i < COUNT; ++i) ((Real*)planes[i])[s] = rows[s * COUNT + i];
     });
     clear(planes, COUNT, count);
 }
-template <int COUNT> INLINE void gather(const Plane* planes, Scalar* rows, int count) {
+template <int COUNT> INLINE void gather(const Plane* planes, Scalar* __restrict rows, int count) {
     each(count, [=](int s) {
         for (int j = 0; j < COUNT; ++j) rows[s * COUNT + j] = ((const Real*)planes[j])[s];
     });
@@ -198,7 +197,7 @@ template <bool BACK> INLINE void end(const Call& call, Workspace& work, int64_t 
             work.loss += ((Real*)top)[s] - ((const Real*)logits[own])[s];
             product *= ((Real*)sum)[s];
         }
-        work.loss += std::log(product);
+        work.loss += __builtin_log(product);
     }
 }
 
@@ -260,11 +259,11 @@ extern "C" int run(const Call* given) {
     // Little work is not worth waking another thread for.
     const int threads = (backward ? 3 : 1) * samples * ALL.products < 1 << 18 ? 1 : call.threads;
     const int64_t chunks = output ? threads : most < 1 ? 1 : most > CHUNKS ? CHUNKS : most;
-    std::unique_ptr<Real[]> sums(backward ? new (std::nothrow) Real[chunks * ALL.numbers] : nullptr);
+    auto* sums = backward ? (Real*)malloc(chunks * ALL.numbers * sizeof(Real)) : nullptr;
     if (backward && !sums) return 2;
     double losses[CHUNKS];
     const auto part = [&](int64_t first, int64_t last) {
-        const std::unique_ptr<Workspace> work(new (std::nothrow) Workspace);
+        auto* work = (Workspace*)aligned_alloc(BYTES, sizeof(Workspace));
         if (!work) return false;
         work->backward = backward, work->valid = true;
         for (int64_t c = first; c < last; ++c) {
@@ -281,7 +280,9 @@ extern "C" int run(const Call* given) {
                 sums[c * ALL.numbers + p] = total;
             }
         }
-        return work->valid;
+        const bool valid = work->valid;
+        free(work);
+        return valid;
     };
     bool valid = true;
     if (threads == 1) {
@@ -290,16 +291,16 @@ extern "C" int run(const Call* given) {
 #pragma omp parallel for num_threads(threads) reduction(&& : valid)
         for (int t = 0; t < threads; ++t) valid = part(chunks * t / threads, chunks * (t + 1) / threads) && valid;
     }
-    if (!valid) return 2;
     double loss = 0;
-    for (int64_t c = 0; !output && c < chunks; ++c) loss += losses[c];
+    for (int64_t c = 0; !output && valid && c < chunks; ++c) loss += losses[c];
     if (call.loss) *call.loss = Real(loss / samples);
-    for (int l = 0, t = 0, p = 0; backward && l < LAYERS; ++l)
+    for (int l = 0, t = 0, p = 0; backward && valid && l < LAYERS; ++l)
         for (int kind = 0; kind <= BIAS[l]; ++kind, ++t)
             for (int k = 0; k < WIDTH[l + 1] * (kind ? 1 : WIDTH[l]); ++k, ++p) {
                 double total = 0;
                 for (int64_t c = 0; c < chunks; ++c) total += sums[c * ALL.numbers + p];
                 if (call.grads[t]) call.grads[t][k] = Real(total);
             }
-    return 0;
+    free(sums);
+    return valid ? 0 : 2;
 }
