@@ -18,17 +18,7 @@ from torch.nn.modules import module as hooks
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from torchnnfs.kernel import (
-    TYPES,
-    WIDEST,
-    Chain,
-    Derived,
-    Kernel,
-    chain,
-    kernel,
-    mean_loss,
-    warn,
-)
+from torchnnfs.kernel import Call, Chain, Derived, Kernel, chain, kernel, mean_loss, warn
 from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
 
 AGAIN = "the model's layers are not those that fuse saw; call fuse(model) again"
@@ -117,8 +107,8 @@ class _Structure:
                 return f"a {kind.__name__} has hooks or a forward of its own"
         return self.order
 
-    def prepare(self, input: Any) -> tuple[_Held, Any, int, int] | None:
-        """Parameters, what holds the input, its samples and address; None if the layers must."""
+    def prepare(self, input: Any) -> tuple[_Held, Call, Any] | None:
+        """Parameters, the call, and what holds the input's memory; None if the layers must."""
         self.reason = ""
         if self.elsewhere(input) or self.why_not():
             return None
@@ -128,7 +118,7 @@ class _Structure:
             return None
         return found
 
-    def read(self, input: Any) -> tuple[_Held, Any, int, int] | str:
+    def read(self, input: Any) -> tuple[_Held, Call, Any] | str:
         """The same, or why this input is none for a kernel."""
         if type(input) not in _PLAIN or input.layout is not torch.strided:
             return "the input is no plain tensor"
@@ -136,7 +126,7 @@ class _Structure:
         if isinstance(held, str):
             return held
         shape, kernel = input.shape, held.kernel
-        if not shape or shape[-1] != kernel.chain.widths[0]:
+        if not shape or shape[-1] != kernel.inputs:
             return "the input is not what the layers expect"
         if self.softmax is not None and self.softmax.dim not in (-1, len(shape) - 1):
             return "the softmax is along another dimension than the last"
@@ -145,11 +135,13 @@ class _Structure:
             return kernel.reason or "the samples are too few"
         if not input.is_contiguous() or input.is_neg():
             copy = input.detach().resolve_neg().contiguous()
-            return held, copy, samples, copy.data_ptr()
+            return held, (samples, copy.data_ptr(), held.places), copy
         address = input.data_ptr()
         if input.untyped_storage() is not kept:
             return self.read(input)  # another thread gave it other memory meanwhile
-        return (held, kept, samples, address) if address else "the input has no memory of its own"
+        if not address:
+            return "the input has no memory of its own"
+        return held, (samples, address, held.places), kept
 
     def parameters(self, like: Tensor) -> _Held | str:
         """The parameters as they are now, for an input of this type; or why the layers must."""
@@ -239,26 +231,26 @@ class Fused(nn.Sequential):
         found = None if is_compiling() else self._structure.prepare(input)
         if found is None or found[0].kernel.run is None:
             return _into(out, self._otherwise(input, found))
-        held, kept, samples, x = found
-        kernel, outputs = held.kernel, held.kernel.chain.widths[-1]
+        held, call, kept = found
+        kernel = held.kernel
         derived = is_grad_enabled() and any(t.requires_grad for t in (input, *held.tensors))
         if out is not None and (
             type(out) is Tensor
             and (out.dtype, out.device) == (input.dtype, input.device)
-            and out.shape == (*input.shape[:-1], outputs)
+            and out.shape == (*input.shape[:-1], kernel.outputs)
             and out.is_contiguous()
             and not (derived or out.is_neg() or out.requires_grad or out.is_inference())
         ):
             increment_version(out)  # autograd is to know that what it may have saved is gone
-            if kernel.forward(samples, x, held.places, out.detach()):
+            if kernel.forward(call, out.detach()):
                 return out
         if input.ndim == 2:  # which saves half a microsecond
-            result = input.new_empty(samples, outputs)
+            result = input.new_empty(call[0], kernel.outputs)
         else:
-            result = input.new_empty(*input.shape[:-1], outputs)
-        kernel.forward(samples, x, held.places, result)
+            result = input.new_empty(*input.shape[:-1], kernel.outputs)
+        kernel.forward(call, result)
         if derived:
-            given = result, None, None, (kernel, samples, x, held.places, (kept, held))
+            given = result, None, None, (kernel, call, (kept, held))
             result = Derived.apply(given, input, *held.tensors)  # type: ignore[no-untyped-call]
         return result if out is None else _into(out, result)
 
@@ -309,19 +301,15 @@ class Fused(nn.Sequential):
         logits = self._traced(input, False) if is_compiling() else None
         found = None if is_compiling() else self._structure.prepare(input)
         if found and found[0].kernel.run and type(target) is Tensor and target.is_cpu:
-            held, kept, samples, x = found
-            inputs, classes, grad = (
-                [input, *held.tensors],
-                target.detach().contiguous(),
-                is_grad_enabled(),
-            )
+            held, call, kept = found
+            inputs, classes = [input, *held.tensors], target.detach().contiguous()
+            grad = is_grad_enabled()
             wanted = [each if grad and each.requires_grad else None for each in inputs]
-            given = held.kernel.gradients(samples, x, held.places, wanted, None, classes)
+            given = held.kernel.gradients(call, wanted, None, classes)
             if given:
                 if all(each is None for each in wanted):
                     return given[0]
-                call = held.kernel, samples, x, held.places, (kept, held)
-                result = given[0], classes, given[1], call
+                result = given[0], classes, given[1], (held.kernel, call, (kept, held))
                 return cast(Tensor, Derived.apply(result, *inputs))  # type: ignore[no-untyped-call]
         if logits is None:
             logits = functools.reduce(lambda x, layer: layer(x), layers, input)
@@ -352,21 +340,14 @@ class Fused(nn.Sequential):
 
     def _traced(self, input: Tensor, softmax: bool) -> Tensor | None:
         """For torch.compile and torch.export: one operation; None for what they fuse themselves."""
-        structure = self._structure
+        structure, dense, last = self._structure, self._structure.dense, self._structure.softmax
         if structure.why_not() or is_autocast_enabled("cpu") or torch.onnx.is_in_onnx_export():
             return None
-        last, dense = structure.softmax, structure.dense
-        parameters = [p for layer in dense for p in (layer.weight, layer.bias) if p is not None]
-        if (
-            (last is not None and last.dim not in (-1, input.ndim - 1))
-            or not parameters[0].is_cpu
-            or parameters[0].dtype not in TYPES
-            or max(size for each in parameters for size in each.shape) > WIDEST
-        ):
+        if not input.is_cpu or (last is not None and last.dim not in (-1, input.ndim - 1)):
             return None
-        biases = [layer.bias is not None for layer in dense]
-        with_softmax = softmax and last is not None
-        output: Tensor = chain(input, parameters, biases, list(structure.relus), with_softmax)
+        parameters = [p for layer in dense for p in (layer.weight, layer.bias) if p is not None]
+        biases, ends = [layer.bias is not None for layer in dense], softmax and last is not None
+        output: Tensor = chain(input, parameters, biases, list(structure.relus), ends)
         return output
 
 

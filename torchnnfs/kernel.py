@@ -51,6 +51,10 @@ class Chain(NamedTuple):
     softmax: bool
 
 
+#: How many samples, where they are, and where the parameters are, in memory that the caller holds.
+Call = tuple[int, int, bytes]
+
+
 class Kernel:
     """fused.cpp compiled for one chain and dtype, or the reason why it is not."""
 
@@ -59,6 +63,7 @@ class Kernel:
 
     def __init__(self, chain: Chain, dtype: torch.dtype, is_cpu: bool) -> None:
         self.chain, self.dtype = chain, dtype
+        self.inputs, *_, self.outputs = chain.widths
         compiler = os.environ.get("CXX", "c++")
         self.nothing = bytes(8 * (len(chain.biases) + sum(chain.biases)))
         if not is_cpu:
@@ -81,32 +86,26 @@ class Kernel:
             self.reason = broken[compiler]
             warn(f"{self.reason}; eager torch is used. The variable CXX names a C++ compiler")
 
-    def forward(self, samples: int, x: int, places: bytes, out: Tensor) -> bool:
+    def forward(self, call: Call, out: Tensor) -> bool:
         """The chain's output; False, if `out` overlaps what is read, and nothing was done."""
+        samples, x, places = call
         told = _pack(samples, get_num_threads(), x, out.data_ptr(), 0, 0, 0, 0)
         return not self.run(told + places + self.nothing)  # type: ignore[misc]
 
     def gradients(
-        self,
-        samples: int,
-        x: int,
-        places: bytes,
-        wanted: Sequence[Tensor | None],
-        grad: Tensor | None,
-        target: Tensor | None,
+        self, call: Call, wanted: list[Tensor | None], grad: Tensor | None, target: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None]] | None:
         """The loss, and the gradients of what is `wanted` of input and parameters.
 
         They are those for the gradient `grad` of the output, or those of the cross-entropy of a
         `target`; None if that has other numbers than those of classes.
         """
+        samples, x, places = call
         found = [None if t is None else t.new_empty(*t.shape) for t in wanted]
         loss = torch.empty((), dtype=self.dtype)
-        target_at, loss_at, grad_at, *ends = [
-            0 if t is None else t.data_ptr() for t in (target, loss, grad, *found)
-        ]
-        told = _pack(samples, get_num_threads(), x, 0, target_at, loss_at, grad_at, ends[0])
-        told += places + struct.pack(f"{len(ends) - 1}q", *ends[1:])
+        ends = [0 if t is None else t.data_ptr() for t in (target, loss, grad, *found)]
+        told = _pack(samples, get_num_threads(), x, 0, *ends[:4]) + places
+        told += struct.pack(f"{len(found) - 1}q", *ends[4:])
         return None if self.run(told) else (loss, found)  # type: ignore[misc]
 
     @functools.cached_property
@@ -191,10 +190,10 @@ def chain(
     made = kernel(network, input.dtype, input.is_cpu)
     if made.run is None or not input.numel():
         return formula(input, parameters, biases, relus, softmax)
-    out = input.new_empty(*input.shape[:-1], network.widths[-1])
+    out = input.new_empty(*input.shape[:-1], made.outputs)
     x, *rest = (each.data_ptr() for each in tensors)
     places = struct.pack(f"{len(rest)}q", *rest)
-    made.forward(input.numel() // network.widths[0], x, places, out)
+    made.forward((input.numel() // made.inputs, x, places), out)
     return out
 
 
@@ -243,14 +242,14 @@ class Derived(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: D102
-        tensors, target, found, (kernel, *call, _) = ctx.saved_tensors, ctx.target, None, ctx.call
+        tensors, target, found, (kernel, call, _) = ctx.saved_tensors, ctx.target, None, ctx.call
         if not (is_grad_enabled() or _are_functorch_transforms_active()) and type(grad) is Tensor:
             found, ctx.found = ctx.found, None
             if found is None:
                 given = grad.resolve_neg().contiguous() if target is None else None
                 needed = zip(tensors, ctx.needs_input_grad[1:], strict=True)
                 wanted = [tensor if needs else None for tensor, needs in needed]
-                _, found = kernel.gradients(*call, wanted, given, target) or (None, None)
+                _, found = kernel.gradients(call, wanted, given, target) or (None, None)
             if target is not None and found and grad.item() != 1:
                 found = [None if each is None else each.mul_(grad) for each in found]
         if found is None:
