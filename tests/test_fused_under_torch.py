@@ -23,6 +23,9 @@ TRANSFORMATIONS = {
     "make_fx": lambda f, x: torch.fx.experimental.proxy_tensor.make_fx(f)(x)(2 * x),
     "default device": lambda f, x: on_meta(f, x),
     "function mode": lambda f, x: doubled(f, x),
+    "batched gradients": lambda f, x: torch.autograd.functional.jacobian(
+        lambda x: f(x).sum(0), x, vectorize=True
+    ),
     "negative bit": lambda f, x: f(torch._neg_view(x)),
 }
 

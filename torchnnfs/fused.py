@@ -18,7 +18,7 @@ from torch.nn.modules import module as hooks
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from torchnnfs.kernel import Call, Chain, Derived, Kernel, chain, kernel, mean_loss, warn
+from torchnnfs.kernel import Call, Chain, Derived, Kernel, chain, kernel, mean_loss, memory, warn
 from torchnnfs.modules import Dense, LazyDense, ReLU, Softmax
 
 AGAIN = "the model's layers are not those that fuse saw; call fuse(model) again"
@@ -120,9 +120,15 @@ class _Structure:
 
     def read(self, input: Any) -> tuple[_Held, Call, Any] | str:
         """The same, or why this input is none for a kernel."""
-        if type(input) not in _PLAIN or input.layout is not torch.strided:
+        if type(input) not in _PLAIN:
             return "the input is no plain tensor"
-        kept, held = input.untyped_storage(), self.parameters(input)
+        try:
+            kept, address = input.untyped_storage(), input.data_ptr()
+        except RuntimeError:
+            address = 0
+        if not address:
+            return "the input is empty or has no memory of its own"
+        held = self.parameters(input)
         if isinstance(held, str):
             return held
         shape, kernel = input.shape, held.kernel
@@ -131,16 +137,13 @@ class _Structure:
         if self.softmax is not None and self.softmax.dim not in (-1, len(shape) - 1):
             return "the softmax is along another dimension than the last"
         samples = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
-        if samples < kernel.least or not samples:
+        if samples < kernel.least:
             return kernel.reason or "the samples are too few"
         if not input.is_contiguous() or input.is_neg():
             copy = input.detach().resolve_neg().contiguous()
             return held, (samples, copy.data_ptr(), held.places), copy
-        address = input.data_ptr()
         if input.untyped_storage() is not kept:
             return self.read(input)  # another thread gave it other memory meanwhile
-        if not address:
-            return "the input has no memory of its own"
         return held, (samples, address, held.places), kept
 
     def parameters(self, like: Tensor) -> _Held | str:
@@ -300,7 +303,13 @@ class Fused(nn.Sequential):
             raise ValueError(f"cross_entropy expects a softmax along the classes, got {last}")
         logits = self._traced(input, False) if is_compiling() else None
         found = None if is_compiling() else self._structure.prepare(input)
-        if found and found[0].kernel.run and type(target) is Tensor and target.is_cpu:
+        if (
+            found
+            and found[0].kernel.run
+            and type(target) is Tensor
+            and target.is_cpu
+            and memory(target)
+        ):
             held, call, kept = found
             inputs, classes = [input, *held.tensors], target.detach().contiguous()
             grad = is_grad_enabled()

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled
-from torch._C import _are_functorch_transforms_active  # which has no public name
 from torch.nn import functional as F
 
 #: What the kernel stores and computes in, in C++.
@@ -243,7 +242,7 @@ class Derived(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: D102
         tensors, target, found, (kernel, call, _) = ctx.saved_tensors, ctx.target, None, ctx.call
-        if not (is_grad_enabled() or _are_functorch_transforms_active()) and type(grad) is Tensor:
+        if not is_grad_enabled() and type(grad) is Tensor and memory(grad):
             found, ctx.found = ctx.found, None
             if found is None:
                 given = grad.resolve_neg().contiguous() if target is None else None
@@ -260,6 +259,14 @@ class Derived(torch.autograd.Function):
             )[1]
             found = pull(grad)
         return None, *found
+
+
+def memory(tensor: Tensor) -> int:
+    """Where its numbers are; 0 for tensors without any, or without memory, as inside of `vmap`."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def mean_loss(output: Tensor, target: Tensor | None) -> Tensor:
