@@ -239,8 +239,7 @@ constexpr int64_t CHUNK = 512, CHUNKS = 64;
 
 // 0 if it is done; 1 if nothing was, as the output overlaps with what is read; 2 for a target that is
 // no class, or too little memory.
-extern "C" int run(const Call* given) {
-    const Call& call = *given;
+extern "C" int run(const Call& call) {
     const int64_t samples = call.samples, tiles = (samples + TILE - 1) / TILE, most = samples / CHUNK;
     const Scalar *output = call.output, *output_end = output + (output ? samples * OUTPUTS : 0);
     bool backward = call.input_grad, overlaps = call.input < output_end && output < call.input + samples * INPUTS;
