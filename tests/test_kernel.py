@@ -5,7 +5,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torchnnfs.testing import assert_agrees
 def no_kernel(monkeypatch):
     """A C++ compiler that fails, and nothing that one compiled before."""
 
-    caches = kernel.kernel, kernel.warn
+    caches = kernel.made, kernel.warn
 
     def forget():
         for cache in caches:
@@ -79,9 +81,23 @@ def test_nothing_is_left_on_disk(no_kernel, batch, monkeypatch, tmp_path, lively
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     both(fuse(lively(2, 5, 3)), batch)
-    assert isinstance(kernel.kernel.cache_info().currsize, int)
-    assert kernel.kernel.cache_info().currsize == 1
+    assert kernel.made.cache_info().currsize == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_compile_a_kernel_once(no_kernel, model, batch, monkeypatch, tmp_path):
+    counted = 'echo >> "$0.calls"; exec c++ "$@"'
+    monkeypatch.setenv("CXX", script(tmp_path / "compiler", counted))
+    start = threading.Barrier(8)
+
+    def call(_):
+        start.wait()
+        return fuse(model)(batch)
+
+    with ThreadPoolExecutor(8) as pool:
+        first, *others = pool.map(call, range(8))
+    assert all(torch.equal(first, other) for other in others)
+    assert (tmp_path / "compiler.calls").read_text() == "\n"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:fuse:RuntimeWarning")

@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
@@ -114,7 +115,13 @@ class Kernel:
         return torch.compile(lambda x, *p: formula(x, p, *options), dynamic=True)
 
 
-kernel = functools.cache(Kernel)
+made, _MAKING = functools.cache(Kernel), threading.RLock()
+
+
+def kernel(chain: Chain, dtype: torch.dtype, is_cpu: bool) -> Kernel:
+    """The kernel, made once, whichever thread asks first."""
+    with _MAKING:
+        return made(chain, dtype, is_cpu)
 
 
 @functools.cache
