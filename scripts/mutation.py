@@ -1,12 +1,13 @@
 """Change the package in one place at a time, and see whether a test notices.
 
-    .venv/bin/python scripts/mutation.py --sample 80 --json results/mutation.json
+    .venv/bin/python scripts/mutation.py --jobs 2 --minutes 25 --json results/mutation.json
 
 A mutant is a copy of the package with one change: another operator or comparison, another constant,
 a condition turned round, a value that is not returned. It is killed when a test fails among those
-that mirror its file; a mutant that survives shows a missing test, or computes the same. The sample
-is drawn from all mutants of the files with a seed, the same share of each file. The tests run on
-copies: this tree is not changed. --list prints the mutants and runs none.
+that mirror its file; a mutant that survives shows a missing test, or computes the same. Of those
+tests only the ones run that call the changed function, the quickest first: the others cannot notice
+it. The sample is drawn from all mutants of the files with a seed, the same share of each file. The
+tests run on copies: this tree is not changed. --list prints the mutants and runs none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -23,11 +25,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -36,20 +41,29 @@ from rich.console import Console
 from rich.progress import track
 
 ROOT = Path(__file__).parents[1]
-#: Files of the package, and the tests that mirror them, the quickest first.
+_LAYERS = ["tests/testing/layers", "tests/testing/test_bounds_properties.py"]
+_JUDGE = [f"tests/testing/test_{name}.py" for name in ("excess", "comparison", "reference")]
+#: Files of the package, and the tests that mirror them.
 TESTS = {
-    "modules.py": ["tests/test_modules.py", "tests/compatibility/test_contract.py"],
-    "book.py": ["tests/test_book.py"],
-    "streams.py": ["tests/test_streams.py", "tests/test_spiral.py"],
-    "spiral.py": ["tests/test_spiral.py"],
-    "testing/reference.py": ["tests/testing/test_reference.py"],
-    "testing/judge.py": ["tests/testing/test_excess.py", "tests/testing/test_comparison.py"],
-    "testing/layers/dense.py": ["tests/testing/layers"],
-    "testing/layers/normalise.py": ["tests/testing/layers"],
-    "testing/layers/pointwise.py": ["tests/testing/layers"],
-    "testing/layers/reshape.py": ["tests/testing/layers"],
-    "testing/layers/softmax.py": ["tests/testing/layers"],
+    "modules.py": ["tests/test_modules.py", "torchnnfs/modules.py"],
+    "book.py": ["tests/test_book.py", "torchnnfs/book.py"],
+    "streams.py": ["tests/test_streams.py", "tests/test_spiral.py", "torchnnfs/streams.py"],
+    "spiral.py": ["tests/test_spiral.py", "torchnnfs/spiral.py"],
+    "testing/reference.py": _JUDGE,
+    "testing/judge.py": _JUDGE,
+    "testing/layers/__init__.py": _LAYERS,
+    "testing/layers/dense.py": _LAYERS,
+    "testing/layers/normalise.py": _LAYERS,
+    "testing/layers/pointwise.py": _LAYERS,
+    "testing/layers/reshape.py": _LAYERS,
+    "testing/layers/softmax.py": _LAYERS,
 }
+#: By the name of a test: how long it takes, and the functions that it calls.
+Tests = dict[str, dict[str, Any]]
+_SHOWN = Console(stderr=True)
+#: What the tests import beside torch: once, by the process from which theirs are forked.
+_IMPORTED = ("mpmath", "nnfs.datasets", "rich.table", "torch.export")
+
 OPERATORS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "/"}
 OPERATORS |= {ast.Mod: "*", ast.Pow: "*", ast.BitAnd: "|", ast.BitOr: "&", ast.MatMult: "*"}
 COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!="}
@@ -57,6 +71,7 @@ COMPARISONS |= {ast.NotEq: "==", ast.Is: "is not", ast.IsNot: "is", ast.In: "not
 COMPARISONS |= {ast.NotIn: "in"}
 # Not mutated: types and what they are made of, which are never run, and messages.
 UNSEEN = {"annotation", "returns", "decorator_list", "type_params", "bases"}
+_FUNCTIONS = ast.FunctionDef | ast.Lambda
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class Mutant:
     new: str
     start: int
     end: int
+    function: int  # the line where the function begins that runs it; 0: it runs at the import
 
     def __str__(self) -> str:
         old, new = (" ".join(each.split()) for each in (self.old, self.new))
@@ -102,15 +118,23 @@ def changes(node: ast.AST, text: Any) -> Iterator[tuple[ast.AST, str]]:
                 yield test, f"(not ({text(test)}))"
 
 
-def seen(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that are run."""
-    yield node
+def seen(node: ast.AST, function: int = 0) -> Iterator[tuple[ast.AST, int]]:
+    """The nodes that are run, and the first line of the function that does it."""
+    yield node, function
     for name, value in ast.iter_fields(node):
         if name in UNSEEN or isinstance(value, ast.JoinedStr):
             continue
+        inside = function
+        if name == "body" and isinstance(node, _FUNCTIONS):
+            inside = min(
+                [node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]
+            )
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, ast.AST) and not isinstance(each, ast.JoinedStr | ast.Raise):
-                yield from seen(each)
+            # zip's strict=True says what holds anyway; without it nothing else is computed.
+            strict = isinstance(each, ast.keyword) and each.arg == "strict"
+            unseen = strict or isinstance(each, ast.JoinedStr | ast.Raise)
+            if isinstance(each, ast.AST) and not unseen:
+                yield from seen(each, inside)
 
 
 def mutants(file: str) -> list[Mutant]:
@@ -120,13 +144,13 @@ def mutants(file: str) -> list[Mutant]:
     for line in source.encode().splitlines(keepends=True):
         lines.append(lines[-1] + len(line))
     found = {}
-    for node in seen(ast.parse(source)):
+    for node, function in seen(ast.parse(source)):
         for place, new in changes(node, lambda each: ast.get_source_segment(source, each)):
             start = lines[place.lineno - 1] + place.col_offset
             end = lines[place.end_lineno - 1] + place.end_col_offset
             old = source.encode()[start:end].decode()
             if new != old and "TypeVar" not in old:
-                found[start, end, new] = Mutant(file, place.lineno, old, new, start, end)
+                found[start, end, new] = Mutant(file, place.lineno, old, new, start, end, function)
     return list(found.values())
 
 
@@ -152,24 +176,76 @@ def copy_tree(place: Path) -> None:
             shutil.copy(ROOT / path, place / path)
 
 
-def run_tests(place: Path, tests: Sequence[str]) -> None:
+class Watch:
+    """Finds out how long each test takes, and which functions of the package it calls."""
+
+    def __init__(self, place: Path) -> None:
+        self.package = str(place / "torchnnfs") + "/"
+        self.before: set[Any] = set()  # called while the tests are imported
+        self.called = self.before
+        self.tests: dict[str, dict[str, Any]] = {}
+        threading.setprofile(self.profile)
+        sys.setprofile(self.profile)
+
+    def profile(self, frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(self.package):
+            self.called.add(frame.f_code)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
+        self.called = set()
+        start = time.monotonic()
+        result = yield
+        self.tests[item.nodeid] = {"seconds": time.monotonic() - start, "called": self.called}
+        return result
+
+    def written(self, path: Path) -> None:
+        sys.setprofile(None)
+        for test in self.tests.values():
+            codes = test["called"] | self.before
+            test["called"] = [
+                [code.co_filename.removeprefix(self.package), code.co_firstlineno] for code in codes
+            ]
+        path.write_text(json.dumps(self.tests))
+
+
+class Choice:
+    """Runs the given tests alone, in that order."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.order = {name: i for i, name in enumerate(names)}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.nodeid in self.order]
+        items.sort(key=lambda item: self.order[item.nodeid])
+
+
+def run_tests(place: Path, files: Sequence[str], names: Sequence[str] | None) -> None:
     """In a process of its own: the status of pytest is that of the process."""
     os.setsid()
     os.chdir(place)
     sys.path[0] = str(place)
-    os.environ.update(PYTHONPATH=str(place), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
-    sys.dont_write_bytecode = True
+    os.environ.update(PYTHONPATH=str(place), OMP_NUM_THREADS="1")
+    # A mutant leaves no compiled file behind, which another could be taken for.
+    sys.dont_write_bytecode = names is not None
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.environ.get("MUTLOG", os.devnull), "a") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
+    plugin = Watch(place) if names is None else Choice(names)
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files], plugins=[plugin])
+    if names is None:
+        plugin.written(place / "tests.json")
+    os._exit(int(status))
 
 
-def status(place: Path, tests: Sequence[str], seconds: float | None) -> int | None:
+def status(
+    place: Path, files: Sequence[str], names: Sequence[str] | None, seconds: float | None = None
+) -> int | None:
     """The exit status of pytest, or None when it takes longer than `seconds`."""
     # torch is imported once, by this process, from which those of the tests are forked.
-    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(place, tests))
+    context: Any = multiprocessing.get_context("fork")
+    process = context.Process(target=run_tests, args=(place, files, names))
     process.start()
     process.join(seconds)
     late = process.is_alive()
@@ -179,16 +255,63 @@ def status(place: Path, tests: Sequence[str], seconds: float | None) -> int | No
     return None if late else process.exitcode
 
 
-def outcome(place: Path, mutant: Mutant, seconds: float) -> str:
+def known(place: Path, files: Sequence[str]) -> Tests:
+    """How long the tests of these files take and what they call, the quickest first."""
+    if status(place, files, None) != 0:
+        raise SystemExit(f"{' '.join(files)}: fails without any change")
+    tests = json.loads((place / "tests.json").read_text())
+    return dict(sorted(tests.items(), key=lambda each: each[1]["seconds"]))
+
+
+def outcome(place: Path, mutant: Mutant, tests: Tests) -> str:
     """What became of it: killed, survived or timeout."""
+    changed = [mutant.file, mutant.function]
+    # All of them if the change is run by the import.
+    names = [name for name in tests if not mutant.function or changed in tests[name]["called"]]
+    if not names:
+        return "survived"
+    files = dict.fromkeys(name.split("::")[0] for name in names)
     path = place / "torchnnfs" / mutant.file
     source = path.read_bytes()
     path.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
     try:
-        found = status(place, TESTS[mutant.file], seconds)
+        seconds = 20 + 5 * sum(tests[name]["seconds"] for name in names)
+        found = status(place, [*files], names, seconds)
     finally:
         path.write_bytes(source)
     return {None: "timeout", 0: "survived"}.get(found, "killed")
+
+
+def tried(chosen: Sequence[Mutant], jobs: int, minutes: float) -> Iterator[tuple[Mutant, str]]:
+    """What became of each, until the minutes are over."""
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    begun = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="torchnnfs-") as scratch,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        places: Queue[Path] = Queue()
+        first = Path(scratch) / "0"
+        copy_tree(first)
+        lists = dict.fromkeys(tuple(TESTS[mutant.file]) for mutant in chosen)
+        tests = {files: known(first, files) for files in track(lists, "tests", console=_SHOWN)}
+        for i in range(jobs):
+            places.put(first if i == 0 else shutil.copytree(first, Path(scratch) / str(i)))
+
+        def one(mutant: Mutant) -> tuple[Mutant, str] | None:
+            if time.monotonic() - begun > 60 * minutes:
+                return None
+            place = places.get()
+            try:
+                return mutant, outcome(place, mutant, tests[tuple(TESTS[mutant.file])])
+            finally:
+                places.put(place)
+
+        results = pool.map(one, chosen)
+        for told in track(results, "mutants", len(chosen), console=_SHOWN):
+            if told is not None:
+                yield told
 
 
 def record(told: Sequence[tuple[Mutant, str]], seed: int, command: str) -> dict[str, Any]:
@@ -217,7 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", nargs="+", choices=TESTS, default=[*TESTS], metavar="FILE")
     parser.add_argument("--sample", type=int, metavar="N", help="how many mutants; default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, metavar="M", help="begin no mutant after that")
+    parser.add_argument("--minutes", type=float, default=1e9, metavar="M", help="begin none later")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--list", action="store_true", help="print the mutants, run none")
     arguments = parser.parse_args(argv)
@@ -228,25 +352,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # In a mixed order, so that a run that ends early has seen every file.
     random.Random(arguments.seed).shuffle(chosen)
-    told: list[tuple[Mutant, str]] = []
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="torchnnfs-") as scratch:
-        place = Path(scratch)
-        copy_tree(place)
-        slowest = {}
-        for tests in {tuple(TESTS[file]) for file in arguments.files}:
-            start = time.monotonic()
-            if status(place, tests, None) != 0:
-                print(f"{' '.join(tests)}: fails without any change", file=sys.stderr)
-                return 2
-            slowest[tests] = 30 + 5 * (time.monotonic() - start)
-        for mutant in track(chosen, "mutants", console=Console(stderr=True)):
-            if arguments.minutes and time.monotonic() - begun > 60 * arguments.minutes:
-                break
-            result = outcome(place, mutant, slowest[tuple(TESTS[mutant.file])])
-            told.append((mutant, result))
-            if result != "killed":
-                print(f"{mutant}: {result}", flush=True)
+    told = []
+    for mutant, result in tried(chosen, arguments.jobs, arguments.minutes):
+        told.append((mutant, result))
+        if result != "killed":
+            print(f"{mutant}: {result}", flush=True)
     document = record(
         told, arguments.seed, " ".join(["scripts/mutation.py", *(argv or sys.argv[1:])])
     )
