@@ -73,8 +73,8 @@ class Precision:
         if self.digits == 53:
             return y
         with np.errstate(all="ignore"):
-            if self.digits in _STORED:
-                return np.asarray(y).astype(_STORED[self.digits]).astype(np.float64)
+            if self.smallest in _STORED:
+                return np.asarray(y).astype(_STORED[self.smallest]).astype(np.float64)
             unit = self.ulp(y)
             rounded = np.rint(y / unit) * unit
             return np.where(np.abs(rounded) > self.largest, np.copysign(np.inf, y), rounded)
@@ -83,8 +83,8 @@ class Precision:
 #: The bits of a number in float64 that hold its exponent.
 _EXPONENT = np.int64(0x7FF << 52)
 
-#: What NumPy stores with that many significant bits.
-_STORED = {24: np.float32, 11: np.float16}
+#: What NumPy stores, by the smallest number.
+_STORED = {2.0**-149: np.float32, 2.0**-24: np.float16}
 
 _U64 = 2.0**-53
 _U32 = 2.0**-24 + _U64

@@ -231,7 +231,7 @@ def embedding_backward(
     return {"weight": scattered(g, places, weight, precision)}
 
 
-_TF32 = replace(PRECISIONS["float32"], digits=11)
+_TF32 = replace(PRECISIONS["float32"], digits=11, smallest=2.0**-136)
 
 DENSE = Layer(
     "dense",

@@ -45,12 +45,11 @@ def pointwise(
         # Where nothing came in nothing moves, and half of the chains are asked this way.
         change = np.where(np.isfinite(y), 0.0, np.inf)
         if error.any():
-            # Wide enough for the rounding of float64, here and below in the differences.
-            wide = error + (error > 0) * 2.0**-52 * (np.abs(x) + error)
-            low, high = x - wide, x + wide
+            low, high = x - error, x + error
             ends = [low, high, *(np.clip(t, low, high) for t in turns(**arguments))]
             values = [forward(end, **arguments) for end in ends]
             change = np.max(np.abs(values - y), axis=0)
+            # The ends and the differences round in float64.
             change += (error > 0) * 2.0**-51 * np.max(np.abs([y, *values]), axis=0)
             change = np.where(np.isnan(change), np.inf, change)
         if rounds is None:

@@ -44,7 +44,7 @@ def softmax(x: Array, dim: int | None = -1) -> Array:
     return np.moveaxis(powers / total, axis, dim or 0)
 
 
-def log_softmax(x: Array, dim: int | None = -1) -> Array:
+def log_softmax(x: Array, dim: int | None) -> Array:
     """``y_i = x_i - m - log sum_j exp(x_j - m)`` along `dim`, m the maximum there."""
     axis, front = _front(dim, "LogSoftmax", x)
     shifted, _, total = _powers(front, axis)
@@ -85,7 +85,7 @@ def _moved(
     return y, p, carried, rounded + u * (carried + rounded - y)
 
 
-def softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None = -1) -> Array:
+def softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None) -> Array:
     """``p (exp(c + l + 7 u) - 1)``, where p is the exact softmax of x.
 
     c is how far e moves the logarithm of p, and l what that rounds (`log_softmax_bound`), kept in
@@ -108,7 +108,7 @@ def softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None 
 
 
 def softmax_backward(
-    x: Array, y: Array, g: Array, precision: Precision, dim: int | None = -1
+    x: Array, y: Array, g: Array, precision: Precision, dim: int | None
 ) -> Gradients:
     """``dL/dx = p (g - sum_j g_j p_j)``, from the p that torch computed and kept."""
     total = np.sum(g * y, axis=dim, keepdims=True)
@@ -118,7 +118,7 @@ def softmax_backward(
     return {"input": gradient(y * (g - total), bound, precision, np.abs(g) + size)}
 
 
-def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None = -1) -> Array:
+def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None) -> Array:
     """How far e moves y, and what is rounded: `_moved` has the formulas.
 
     Of half types torch keeps the sum, and ``m + log sum``, in the stored type on the CPU.
@@ -132,7 +132,7 @@ def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int | N
 
 
 def log_softmax_backward(
-    x: Array, y: Array, g: Array, precision: Precision, dim: int | None = -1
+    x: Array, y: Array, g: Array, precision: Precision, dim: int | None
 ) -> Gradients:
     """``dL/dx = g - exp(y) sum_j g_j``, from the y that torch computed and kept."""
     p, total = np.exp(y), np.sum(g, axis=dim, keepdims=True)
