@@ -20,7 +20,7 @@ CONVOLUTION = {
     "padding_mode": "zeros",
 }
 POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False}
-FINE = np.array([[1 + 2.0**-7 + 2.0**-10 + 2.0**-12, 1e5]])
+FINE = np.array([[1 + 2.0**-7 + 2.0**-10 + 2.0**-12, 1e5, 0.0]])
 
 
 def wrong(layer, name, x, **arguments):
@@ -42,16 +42,16 @@ def windows(kernel):
         (dense.DENSE, "a bias of 1e-6", X, {"weight": W}, X @ W.T + 1e-6),
         (dense.DENSE, "a bias of 1e-6", X, {"weight": W, "bias": W[0]}, X @ W.T + W[0] + 1e-6),
         (
-            dense.DENSE, "parameters rounded to TF32", np.eye(2), {"weight": FINE},
-            [[1 + 2.0**-7 + 2.0**-10], [99968]],
+            dense.DENSE, "parameters rounded to TF32", np.eye(3), {"weight": FINE},
+            [[1 + 2.0**-7 + 2.0**-10], [99968], [0]],
         ),
         (
-            dense.DENSE, "parameters rounded to bfloat16", np.eye(2), {"weight": FINE},
-            [[1 + 2.0**-7], [99840]],
+            dense.DENSE, "parameters rounded to bfloat16", np.eye(3), {"weight": FINE},
+            [[1 + 2.0**-7], [99840], [0]],
         ),
         (
             dense.DENSE, "parameters rounded to float16", np.ones((1, 1)), {"weight": FINE.T},
-            [[1 + 2.0**-7 + 2.0**-10, np.inf]],
+            [[1 + 2.0**-7 + 2.0**-10, np.inf, 0]],
         ),
         (
             dense.CONV2D, "a kernel flipped", IMAGE, {"weight": KERNEL, **CONVOLUTION},
@@ -89,25 +89,29 @@ def windows(kernel):
         ),
         (
             softmax.SOFTMAX, "softmax over the wrong axis", W, {"dim": 1},
-            softmax.softmax(W.T).T,
+            softmax.softmax(W.T, 1).T,
         ),
         (softmax.SOFTMAX, "softmax over the wrong axis", W, {"dim": 0}, softmax.softmax(W, -1)),
+        (
+            softmax.SOFTMAX, "softmax over the wrong axis", IMAGE, {"dim": 0},
+            softmax.softmax(IMAGE, 2),
+        ),
         (softmax.SOFTMAX, softmax.UNSHIFTED, W, {"dim": 0}, np.exp(W) / np.exp(W).sum(0)),
         (
             softmax.LOG_SOFTMAX, "log-softmax over the wrong axis", W, {"dim": -1},
             softmax.log_softmax(W, 0),
         ),
         (softmax.LOG_SOFTMAX, "log-softmax without the logarithm", W, {"dim": -1},
-         softmax.softmax(W)),
+         softmax.softmax(W, 1)),
         (
             normalise.LAYER_NORM, "layer norm without eps", [[1.0, 3.0]],
             {"normalized_shape": (2,), "weight": None, "bias": None, "eps": 8.0}, [[-1, 1]],
         ),
         (
-            # variance 1, of a sample 2; with eps 9 and 16
-            normalise.LAYER_NORM, "layer norm by the variance of a sample", [[1.0, 3.0]],
-            {"normalized_shape": (2,), "weight": None, "bias": np.array([5.0, 7.0]), "eps": 7.0},
-            [[5 - 1 / 3, 7 + 1 / 3]],
+            # variance 2, of a sample 3; with eps 4
+            normalise.LAYER_NORM, "layer norm by the variance of a sample", [[1.0, 1.0, 4.0]],
+            {"normalized_shape": (3,), "weight": None, "bias": np.array([5.0, 7.0, 9.0]), "eps": 1},
+            [[5 - 1 / 2, 7 - 1 / 2, 10]],
         ),
         (
             normalise.LAYER_NORM, "layer norm by the variance of a sample", [[1.0, 3.0]],
@@ -170,6 +174,9 @@ def test_what_cannot_be_broken_in_that_way(layer, name, x, arguments):
 def test_there_are_as_many_plain_sums_as_it_takes(rows, orders):
     x = np.ones((rows, 1))
     assert dense.DENSE.honest(x, FLOAT32, weight=W[:, :1]).shape == (orders, rows, 2)
+    batch = dense.DENSE.honest(x[None], FLOAT32, weight=W[:, :1], bias=W[0])
+    assert batch.shape == (orders, 1, rows, 2)
+    assert np.abs(batch).max() < 1e-6
 
 
 def test_plain_sums_begin_with_the_bias_and_round_each_step():
@@ -199,22 +206,18 @@ def test_gradients_at_the_kink():
     ):
         exact, _ = layer.backward(zero, zero, np.ones(1), FLOAT32, **arguments)["input"]
         assert exact == slope
+    assert np.signbit(pointwise.LEAKY_RELU.forward(zero, -1.5))  # slope times 0, as torch has it
     # Where the slope is 0 nothing is passed on, whatever comes in.
     with np.errstate(invalid="ignore"):
         exact, _ = pointwise.RELU.backward(-np.ones(1), zero, np.array([np.inf]), FLOAT32)["input"]
     assert exact == 0
 
 
-def test_softmax_is_along_the_last_dimension_by_default():
-    x = np.random.RandomState(0).randn(3, 9)
-    np.testing.assert_array_equal(softmax.softmax(x), softmax.softmax(x, 1))
-
-
 def test_short_and_long_axes_give_the_same():
     """NumPy is slow along short last axes, so they are moved first: nothing else changes."""
     x = np.random.RandomState(0).randn(2, 7)
     longer = np.concatenate([x, np.full((2, 1), -np.inf)], axis=1)
-    np.testing.assert_allclose(softmax.softmax(longer)[:, :7], softmax.softmax(x), rtol=1e-14)
+    np.testing.assert_allclose(softmax.softmax(longer, 1)[:, :7], softmax.softmax(x, 1), rtol=1e-14)
 
 
 def test_embeddings_say_which_option_is_wrong():

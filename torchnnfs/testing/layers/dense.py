@@ -73,8 +73,7 @@ def dense_backward(
     rows, flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
     found = {"input": product(g, weight, precision), "weight": product(rows.T, flat, precision)}
     if bias is not None:
-        total, bound = product(np.ones((1, len(rows))), rows, precision)
-        found["bias"] = (total[0], bound[0])
+        found["bias"] = product(np.ones(len(rows)), rows, precision)
     return found
 
 
@@ -94,13 +93,13 @@ def dense_honest(x: Array, precision: Precision, weight: Array, bias: Maybe = No
     narrow: Array = x.astype(step)
     factors: Array = weight.T.astype(step)
     if bias is not None:  # one more term, whose input is 1
-        narrow = np.concatenate([np.ones_like(narrow[..., :1]), narrow], axis=-1)
-        factors = np.concatenate([bias.astype(step)[None], factors])
+        narrow = np.insert(narrow, 0, 1, axis=-1)
+        factors = np.insert(factors, 0, bias, axis=0)
     orders = np.random.RandomState(0)
     errors = []
     with np.errstate(all="ignore"):
         # One order may cancel by luck, and sixteen are enough where there are few numbers.
-        for i in range(min(16, max(3, math.ceil(_ENOUGH / max(1, exact.size))))):
+        for i in range(min(16, max(3, math.ceil(_ENOUGH / exact.size)))):
             n = len(factors)
             total: Array = np.zeros(exact.shape, step)
             for k in orders.permutation(n) if i else range(n):

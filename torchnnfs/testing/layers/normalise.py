@@ -92,7 +92,8 @@ def _normal(
     q = precision.gamma(count) * mean(far) + precision.gamma(4 + 2 * math.log(count)) * largest
     q = q * inverse
     eta = q * (math.sqrt(8) + q) + precision.gamma(count + 6) + 2 * precision.tiny * inverse**2
-    relative = np.where(eta < 1, (1 + precision.gamma(4)) / np.sqrt(1 - eta) - 1 + kept, np.inf)
+    # Infinite where nothing is known of s.
+    relative = (1 + precision.gamma(4)) / np.sqrt(np.fmax(1 - eta, 0)) - 1 + kept
     size = (far + np.abs(m) + mean(error)) * inverse
     rounded = q + (precision.gamma(4) + kept) * size + precision.tiny * inverse
     rounded = rounded + relative * (np.abs(value) + moved + rounded)

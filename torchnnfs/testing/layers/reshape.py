@@ -102,7 +102,7 @@ def _pooled(
     # The last window of ceil mode may reach past the padding, but never starts in it.
     number = number - ceil_mode * ((number - 1) * step >= length + pad)
     x = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(size, size) for size in pad], constant_values=inside)
-    past = [(0, max(0, size)) for size in (number - 1) * step - room]
+    past = [(0, size) for size in step]  # no window reaches farther
     view = windows(x, [*kernel], [*step], [*spread], past, constant_values=beyond)
     return view[..., : number[0], : number[1], :]
 

@@ -37,18 +37,18 @@ def _powers(x: Array, axis: int) -> tuple[Array, Array, Array]:
     return shifted, powers, np.sum(powers, axis=axis, keepdims=True)
 
 
-def softmax(x: Array, dim: int | None = -1) -> Array:
+def softmax(x: Array, dim: int) -> Array:
     """``y_i = exp(x_i - m) / sum_j exp(x_j - m)`` along `dim`, m the maximum there."""
     axis, front = _front(dim, "Softmax", x)
     _, powers, total = _powers(front, axis)
-    return np.moveaxis(powers / total, axis, dim or 0)
+    return np.moveaxis(powers / total, axis, dim)
 
 
-def log_softmax(x: Array, dim: int | None) -> Array:
+def log_softmax(x: Array, dim: int) -> Array:
     """``y_i = x_i - m - log sum_j exp(x_j - m)`` along `dim`, m the maximum there."""
     axis, front = _front(dim, "LogSoftmax", x)
     shifted, _, total = _powers(front, axis)
-    return np.moveaxis(shifted - np.log(total), axis, dim or 0)
+    return np.moveaxis(shifted - np.log(total), axis, dim)
 
 
 def _moved(
@@ -85,7 +85,7 @@ def _moved(
     return y, p, carried, rounded + u * (carried + rounded - y)
 
 
-def softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None) -> Array:
+def softmax_bound(x: Array, error: Array, precision: Precision, dim: int) -> Array:
     """``p (exp(c + l + 7 u) - 1)``, where p is the exact softmax of x.
 
     c is how far e moves the logarithm of p, and l what that rounds (`log_softmax_bound`), kept in
@@ -104,21 +104,19 @@ def softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None)
     # No correct result leaves [0, 1], so no error is larger than 1 and a few roundings.
     bound = np.fmin(bound, 1 + 8 * u) + precision.tiny + (precision.stored_tiny if kept else 0.0)
     widest = np.max(errors, axis=axis, keepdims=True)
-    return np.moveaxis(finished(p, bound, widest, precision), axis, dim or 0)
+    return np.moveaxis(finished(p, bound, widest, precision), axis, dim)
 
 
-def softmax_backward(
-    x: Array, y: Array, g: Array, precision: Precision, dim: int | None
-) -> Gradients:
+def softmax_backward(x: Array, y: Array, g: Array, precision: Precision, dim: int) -> Gradients:
     """``dL/dx = p (g - sum_j g_j p_j)``, from the p that torch computed and kept."""
     total = np.sum(g * y, axis=dim, keepdims=True)
     size = np.sum(np.abs(g * y), axis=dim, keepdims=True)
-    count = y.shape[dim or 0]
+    count = y.shape[dim]
     bound = y * precision.gamma(count + 3) * (np.abs(g) + size) + (count + 2) * precision.tiny
     return {"input": gradient(y * (g - total), bound, precision, np.abs(g) + size)}
 
 
-def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int | None) -> Array:
+def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int) -> Array:
     """How far e moves y, and what is rounded: `_moved` has the formulas.
 
     Of half types torch keeps the sum, and ``m + log sum``, in the stored type on the CPU.
@@ -128,16 +126,14 @@ def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int | N
     kept = precision.stored_unit * np.abs(front - y) + precision.stored_tiny + precision.tiny
     # Infinite if any error is, for so is `carried` then.
     bound = finished(y, carried + rounded + kept, errors, precision)
-    return np.moveaxis(bound, axis, dim or 0)
+    return np.moveaxis(bound, axis, dim)
 
 
-def log_softmax_backward(
-    x: Array, y: Array, g: Array, precision: Precision, dim: int | None
-) -> Gradients:
+def log_softmax_backward(x: Array, y: Array, g: Array, precision: Precision, dim: int) -> Gradients:
     """``dL/dx = g - exp(y) sum_j g_j``, from the y that torch computed and kept."""
     p, total = np.exp(y), np.sum(g, axis=dim, keepdims=True)
     sizes = np.sum(np.abs(g), axis=dim, keepdims=True)
-    bound = precision.gamma(y.shape[dim or 0] + _EXP + 3) * (np.abs(g) + p * sizes)
+    bound = precision.gamma(y.shape[dim] + _EXP + 3) * (np.abs(g) + p * sizes)
     bound = bound + precision.tiny * (2 + sizes)  # exp(y) may be flushed
     return {"input": gradient(g - p * total, bound, precision, np.abs(g) + sizes)}
 
