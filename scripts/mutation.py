@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -210,7 +211,7 @@ class Watch:
 
 
 class Choice:
-    """Runs the given tests alone, in that order."""
+    """Runs the given tests alone, in that order, and ends with the first that fails."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.order = {name: i for i, name in enumerate(names)}
@@ -218,6 +219,12 @@ class Choice:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if item.nodeid in self.order]
         items.sort(key=lambda item: self.order[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed:
+            os._exit(1)
+
+    pytest_collectreport = pytest_runtest_logreport
 
 
 def run_tests(place: Path, files: Sequence[str], names: Sequence[str] | None) -> None:
@@ -233,7 +240,7 @@ def run_tests(place: Path, files: Sequence[str], names: Sequence[str] | None) ->
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     plugin = Watch(place) if names is None else Choice(names)
-    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files], plugins=[plugin])
+    status = pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[plugin])
     if names is None:
         plugin.written(place / "tests.json")
     os._exit(int(status))
@@ -286,6 +293,7 @@ def tried(chosen: Sequence[Mutant], jobs: int, minutes: float) -> Iterator[tuple
     """What became of each, until the minutes are over."""
     for name in _IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # what is imported need not be looked through in each process
     begun = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="torchnnfs-") as scratch,
