@@ -43,7 +43,10 @@ from rich.progress import track
 
 ROOT = Path(__file__).parents[1]
 _LAYERS = ["tests/testing/layers", "tests/testing/test_bounds_properties.py"]
-_JUDGE = [f"tests/testing/test_{name}.py" for name in ("excess", "comparison", "reference")]
+_JUDGE = [
+    f"tests/testing/test_{name}.py"
+    for name in ("excess", "comparison", "reference", "batches", "everybody")
+]
 #: Files of the package, and the tests that mirror them.
 TESTS = {
     "modules.py": ["tests/test_modules.py", "torchnnfs/modules.py"],

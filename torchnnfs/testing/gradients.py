@@ -207,10 +207,10 @@ def _loss_of_log_probabilities(y: Array, rows: Array, precision: Precision) -> t
 
 def _loss_of_logits(z: Array, rows: Array, precision: Precision) -> tuple[Array, Array]:
     """``dL/dz = (softmax(z) - one_hot) / N``."""
-    p = softmax.softmax(z, -1)
+    p = softmax.softmax(z)
     exact = (p - rows) / len(z)
     # exp(log_softmax(z)): the log-probabilities are stored in between.
-    error = softmax.log_softmax_bound(z, np.zeros_like(z), precision, -1)
+    error = softmax.log_softmax_bound(z, np.zeros_like(z), precision)
     error = p * np.expm1(error) + precision.gamma(10) * (p + rows)
     # 1 / N is stored before it is multiplied.
     return exact, precision.stored(exact, precision.stored(exact, error / len(z) + precision.tiny))

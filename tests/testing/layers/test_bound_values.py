@@ -295,6 +295,8 @@ def test_embedding_bounds_and_gradients(precision):
     flushed = 2 * (TINY + precision.stored_tiny)  # a row gets two numbers at most
     sizes = np.array([[6, 9], [0, 0], [3, 4]])
     same(bound, finished(exact, 3 * roundoff * sizes + flushed, precision))
+    _, bound = dense.EMBEDDING.backward(x[3:], g, g[3:], precision, **named)["weight"]
+    same(bound, finished(0 * weight, 0, precision))  # the row that stands for padding gets nothing
     named["scale_grad_by_freq"] = True
     exact, bound = dense.EMBEDDING.backward(x, g, g, precision, **named)["weight"]
     same(exact, [[3, -2.5], [0, 0], [-3, 4]])

@@ -213,6 +213,13 @@ def test_gradients_at_the_kink():
     assert exact == 0
 
 
+def test_softmax_is_along_the_last_dimension_by_default():
+    x, zero = np.random.RandomState(0).randn(2, 3, 4), np.zeros((2, 3, 4))
+    np.testing.assert_array_equal(softmax.softmax(x), softmax.softmax(x, 2))
+    for bound in (softmax.SOFTMAX.bound, softmax.LOG_SOFTMAX.bound):
+        np.testing.assert_array_equal(bound(x, zero, FLOAT32), bound(x, zero, FLOAT32, dim=2))
+
+
 def test_short_and_long_axes_give_the_same():
     """NumPy is slow along short last axes, so they are moved first: nothing else changes."""
     x = np.random.RandomState(0).randn(2, 7)

@@ -37,7 +37,7 @@ def _powers(x: Array, axis: int) -> tuple[Array, Array, Array]:
     return shifted, powers, np.sum(powers, axis=axis, keepdims=True)
 
 
-def softmax(x: Array, dim: int) -> Array:
+def softmax(x: Array, dim: int = -1) -> Array:
     """``y_i = exp(x_i - m) / sum_j exp(x_j - m)`` along `dim`, m the maximum there."""
     axis, front = _front(dim, "Softmax", x)
     _, powers, total = _powers(front, axis)
@@ -85,7 +85,7 @@ def _moved(
     return y, p, carried, rounded + u * (carried + rounded - y)
 
 
-def softmax_bound(x: Array, error: Array, precision: Precision, dim: int) -> Array:
+def softmax_bound(x: Array, error: Array, precision: Precision, dim: int = -1) -> Array:
     """``p (exp(c + l + 7 u) - 1)``, where p is the exact softmax of x.
 
     c is how far e moves the logarithm of p, and l what that rounds (`log_softmax_bound`), kept in
@@ -116,7 +116,7 @@ def softmax_backward(x: Array, y: Array, g: Array, precision: Precision, dim: in
     return {"input": gradient(y * (g - total), bound, precision, np.abs(g) + size)}
 
 
-def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int) -> Array:
+def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int = -1) -> Array:
     """How far e moves y, and what is rounded: `_moved` has the formulas.
 
     Of half types torch keeps the sum, and ``m + log sum``, in the stored type on the CPU.
