@@ -45,12 +45,19 @@ ROOT = Path(__file__).parents[1]
 _LAYERS = ["tests/testing/layers", "tests/testing/test_bounds_properties.py"]
 _JUDGE = [
     f"tests/testing/test_{name}.py"
-    for name in ("excess", "comparison", "reference", "batches", "everybody")
+    for name in ("judge", "excess", "comparison", "reference", "batches", "everybody")
 ]
 #: Files of the package, and the tests that mirror them.
 TESTS = {
-    "modules.py": ["tests/test_modules.py", "torchnnfs/modules.py"],
-    "book.py": ["tests/test_book.py", "torchnnfs/book.py"],
+    "modules.py": [
+        "tests/test_modules.py",
+        "tests/compatibility/test_contract.py",
+        "torchnnfs/modules.py",
+    ],
+    "book.py": [
+        *(f"tests/test_{name}.py" for name in ("book", "kept", "chapters", "objects")),
+        "torchnnfs/book.py",
+    ],
     "streams.py": ["tests/test_streams.py", "tests/test_spiral.py", "torchnnfs/streams.py"],
     "spiral.py": ["tests/test_spiral.py", "torchnnfs/spiral.py"],
     "testing/reference.py": _JUDGE,
