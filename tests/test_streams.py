@@ -55,6 +55,17 @@ def test_book_numpy_draws_from_a_given_stream():
     assert (np.random.get_state()[1] == before).all()
 
 
+def test_the_global_stream_may_be_of_another_kind():
+    before = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(1))
+        with book_numpy(np.random.RandomState(0)):
+            assert np.random.randn(1) == np.float32(np.random.RandomState(0).randn())
+        assert np.random.rand() == np.random.RandomState(np.random.PCG64(1)).rand()
+    finally:
+        np.random.set_bit_generator(before)
+
+
 def test_book_numpy_within_nnfs_init():
     before, state = patched(), np.random.get_state()
     try:

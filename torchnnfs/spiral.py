@@ -70,7 +70,7 @@ def spiral(
     precise = torch.promote_types(dtype, torch.float32)
     radius = torch.linspace(0, 1, samples, device=device, dtype=precise)
     angle = torch.randn(classes, samples, generator=generator, device=device, dtype=precise)
-    arm = torch.arange(classes, device=device, dtype=precise).unsqueeze(-1)
+    arm = torch.arange(classes, device=device, dtype=precise)[:, None]
     angle.mul_(0.2).add_(radius, alpha=4).add_(arm, alpha=4).mul_(2.5)
     points = torch.empty(classes, samples, 2, device=device, dtype=dtype)
     points[..., 0] = radius * angle.sin()
