@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from torchnnfs import compare
-from torchnnfs.testing.judge import judge, make_row, rows_in
-from torchnnfs.testing.measure import same
+from torchnnfs.testing.judge import find, judge, make_row, rows_in
+from torchnnfs.testing.measure import measure, same
 from torchnnfs.testing.merge import Judged
+from torchnnfs.testing.precision import PRECISIONS
 from torchnnfs.testing.problem import Problem
-from torchnnfs.testing.reference import Reference
+from torchnnfs.testing.reference import Answer, Reference
 from torchnnfs.testing.traces import Call, Trace
 
 #: A ReLU rounds nothing, but what is smaller may be flushed to zero: that is its whole bound.
@@ -101,6 +102,17 @@ def test_a_layer_behind_one_that_differs_is_right_by_itself():
     assert third.reason.startswith("3 at [0, 2] where NumPy gives 4")
 
 
+@pytest.mark.parametrize(
+    ("times", "state"), [(1.0, "right, but its input was wrong"), (1.25, "differs")]
+)
+def test_behind_one_that_differs_the_bound_decides(times, state):
+    wrong = changed((0, 0), 1.5)
+    _, row = judge(
+        trace((X, wrong), (wrong, changed((1, 1), times * TINY, wrong))), problem(chain(2))
+    )
+    assert (row.state, row.isolated_ratio) == (state, times)
+
+
 def test_a_step_that_did_not_get_what_came_before_is_named():
     other = changed((0, 0), 1.5)
     first, second = judge(trace((X, Y), (other, other)), problem(chain(2)))
@@ -114,6 +126,9 @@ def test_a_step_that_did_not_get_what_came_before_is_named():
     # If it computes wrong as well, that is what is said.
     (row,) = judge(trace((other, changed((0, 0), 7.0))), problem(chain(1)))
     assert row.reason.startswith("7 at [0, 0] where NumPy gives 1")
+    for times, right in ((1.0, True), (1.25, False)):
+        (row,) = judge(trace((other, changed((1, 1), times * TINY, other))), problem(chain(1)))
+        assert (row.reason == words) == right
     # The bits count, but no number is no number wherever it came from.
     nan = np.full((1, 1), np.nan)
     assert judge(trace((nan, nan)), problem(chain(1), nan))[0].reason == ""
@@ -181,6 +196,83 @@ def test_excess_up_to_four_is_rounding():
     )
 
 
+def test_a_row_of_its_own_knows_of_no_wrong_input():
+    right = Judged(same(Y), "rounding", "NumPy")
+    off = Judged(measure(Y, Y + 1, np.ones(Y.shape) / 2, PRECISIONS["float32"]), "estimated", "I")
+    told = trace(output=Y)
+    row = make_row(told, "0", "ReLU", right, off)
+    assert (row.state, row.basis, row.max_abs, row.chained_ulp) == (
+        "differs",
+        "estimated",
+        0,
+        2**23,
+    )
+    row = make_row(told, "0", "ReLU", right, off, wrong=True)
+    assert row.state == "right, but its input was wrong"
+    row = make_row(told, "0", "ReLU", None, off)
+    assert (row.isolated_ratio, row.chained_ratio, row.max_abs) == (None, 2, 1)
+    row = make_row(told, "0", "ReLU", off, None)
+    assert (row.isolated_ratio, row.chained_ratio, row.chained_ulp) == (2, None, None)
+    assert row.reason == "1 at [0, 0] where I gives 2, 2 times what rounding explains"
+
+
+def test_what_has_no_elements_is_right():
+    nothing = np.zeros((0, 3))
+    empty = Judged(measure(nothing, nothing, nothing, PRECISIONS["float32"]), "rounding", "NumPy")
+    row = make_row(trace(output=nothing), "0", "ReLU", empty, empty)
+    assert (row.state, row.bit_equal, row.unbounded) == ("ok", 1.0, 0)
+
+
+def linear_trace(layer, x):
+    with torch.no_grad():
+        y = layer(torch.tensor(x, dtype=torch.float32)).double().numpy()
+    return Trace("mine", "cpu", "float32", (Call("", "Linear", (x,), {}, y),), y)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "kept"),
+    [
+        (nn.Linear(1, 1), (1000, 1), 1000),
+        (nn.Linear(1, 1), (1001, 1), 501),  # every other one
+        (nn.Linear(1024, 1024), (64, 1024), 64),
+        (nn.Linear(1024, 1024), (65, 1024), 33),  # a product has 2^20 terms for each
+        (nn.Linear(2, 3), (2, 5, 2), 10),
+    ],
+)
+def test_plain_sums_are_made_for_as_many_rows_as_are_enough(layer, shape, kept):
+    x = np.float32(np.random.RandomState(0).randn(*shape)).astype(float)
+    (found,) = find(linear_trace(layer, x), problem(layer, x))
+    assert len(found.sample.rows) == kept
+    assert [len(each) for each in found.sample.arrays] == [kept] * 3
+
+
+def test_plain_sums_of_a_batch_are_of_its_rows_of_the_whole():
+    layer, x = nn.Linear(2, 3), np.ones((2, 5, 2))
+    (found,) = find(linear_trace(layer, x), problem(layer, x), start=6)
+    np.testing.assert_array_equal(found.sample.rows, range(30, 40))
+
+
+def test_plain_sums_are_made_where_they_can_be_compared():
+    layer, x = nn.Linear(2, 3), np.ones((4, 2))
+    right = linear_trace(layer, x)
+    call = Call("", "Linear", (x,), {}, right.output[:2])
+    (found,) = find(Trace("mine", "cpu", "float32", (call,), call.output), problem(layer, x))
+    assert found.sample is None
+    (found,) = find(trace((X, Y)), problem(chain(1)))
+    assert found.sample is None  # a ReLU rounds nothing
+    huge = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(huge.weight, 2.0)
+    x = np.float32([[3e38]]).astype(float)
+    call = Call("", "Linear", (x,), {}, np.array([[np.inf]]))
+    (row,) = judge(Trace("mine", "cpu", "float32", (call,), call.output), problem(huge, x))
+    assert (row.ok, row.excess) == (True, None)
+
+
+def test_rows_are_counted_from_the_beginning_of_the_whole():
+    (found,) = find(trace((X, changed((1, 0), 9))), problem(chain(1)), start=70)
+    assert found.isolated.measured.worst.index == (71, 0)
+
+
 def test_where_all_may_overflow_nothing_is_judged():
     layer = nn.Linear(1, 2)
     with torch.no_grad():
@@ -223,11 +315,50 @@ def test_each_array_of_an_output_has_a_row():
     assert (row.label, row.ok) == ("(output)['sum'] Two", False)
 
 
+def test_other_names_are_another_structure():
+    model = nn.Sequential(Two())
+    outputs = {"sum": X.sum(-1), "twice": 2 * X}
+    call = Call("0", "Two", (X,), {}, outputs)
+    rows = judge(Trace("mine", "cpu", "float32", (call,), outputs), problem(model))
+    assert rows[0].layer == "0's structure"
+    assert rows[0].reason == "shape (0,) where its own float64 run gives (2,)"
+
+
+def test_a_reference_of_another_shape_has_the_largest_bound_of_the_model():
+    recorded = {"": Answer(Y[:1], PRECISIONS["float32"])}
+    for off, ok in ((TINY, True), (0.5, False)):
+        output = Y[:1] + off * np.eye(1, 3)
+        (row,) = judge(trace(output=output), problem(chain(1), recorded=recorded))
+        assert row.ok == ok
+
+
+def test_own_code_with_a_reference_has_one_row_for_its_output():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(x) + 1
+
+    x = torch.tensor(X, dtype=torch.float32)
+    keywords = {"candidates": ["eager"], "controls": False}
+    rows = compare(Own(), x, reference=lambda x: np.maximum(x, 0) + 1, **keywords).rows
+    labels = [(row.candidate, row.label) for row in rows]
+    assert labels == [
+        ("eager", "relu ReLU"), ("eager", "(output) Own"), ("the model", "(output) Own"),
+    ]  # fmt: skip
+    assert rows[0].chained_ratio is None
+
+
 @pytest.mark.parametrize(
     ("candidate", "reference", "words"),
     [
         (Y, changed((0, 0), 9), "the candidate computes what the model's own layers and"),
         (changed((0, 0), 9), Y, "the candidate is far from the model's own layers and"),
+        (changed((1, 1), 1.5 * TINY), changed((1, 1), -TINY), "the candidate is far"),
+        (changed((1, 1), TINY), changed((1, 1), -1.5 * TINY), "the candidate computes what"),
+        (changed((1, 1), 1.5 * TINY), changed((1, 1), -1.5 * TINY), "both are far"),
         (
             changed((0, 0), 9), changed((0, 0), 5),
             "both are far from the model's own layers and parameters in float64 "
@@ -236,8 +367,6 @@ def test_each_array_of_an_output_has_a_row():
     ],
 )  # fmt: skip
 def test_beside_a_reference_it_is_said_who_is_far_from_the_model(candidate, reference, words):
-    from torchnnfs.testing.precision import PRECISIONS
-    from torchnnfs.testing.reference import Answer
 
     recorded = {"": Answer(reference, PRECISIONS["float32"])}
     rows = judge(trace(output=candidate), problem(chain(1), recorded=recorded))
