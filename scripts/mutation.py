@@ -195,11 +195,11 @@ class Watch:
         self.before: set[Any] = set()  # called while the tests are imported
         self.called = self.before
         self.tests: dict[str, dict[str, Any]] = {}
-        threading.setprofile(self.profile)
-        sys.setprofile(self.profile)
+        threading.settrace(self.trace)
+        sys.settrace(self.trace)
 
-    def profile(self, frame: Any, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(self.package):
+    def trace(self, frame: Any, event: str, argument: Any) -> None:
+        if frame.f_code.co_filename.startswith(self.package):
             self.called.add(frame.f_code)
 
     @pytest.hookimpl(wrapper=True)
@@ -211,7 +211,7 @@ class Watch:
         return result
 
     def written(self, path: Path) -> None:
-        sys.setprofile(None)
+        sys.settrace(None)
         for test in self.tests.values():
             codes = test["called"] | self.before
             test["called"] = [

@@ -6,6 +6,7 @@ The classes here are what a reader writes from the book's formulas, under `nnfs.
 import copy
 import itertools
 import pickle
+import sys
 import time
 
 import nnfs
@@ -290,6 +291,7 @@ def test_training_ends_well(init):
     assert accuracy > 0.7
 
 
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer slows Python, but not NumPy")
 @pytest.mark.parametrize("hidden", [3, 64])
 def test_a_forward_pass_takes_at_most_three_times_numpys_time(hidden, init):
     points, _ = spiral_data(samples=100, classes=3)
