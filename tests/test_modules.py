@@ -217,6 +217,8 @@ def test_classifier_passes_the_keywords_on(device):
         (lambda: Dense(2, 3)(torch.ones(4, 5)), ValueError,
          r"Dense\(in_features=2\) expects a last dimension of 2, got an input of shape \(4, 5\)"),
         (lambda: Dense(2, 3)(torch.tensor(1.0)), ValueError, r"got an input of shape \(\)"),
+        (lambda: Dense(2, 3)(torch.ones(4, 2, 5)), ValueError,
+         r"expects a last dimension of 2, got an input of shape \(4, 2, 5\)"),
         (lambda: Dense(2, 3)(np.ones((4, 2))), TypeError,
          r"expects a torch.Tensor, got numpy.ndarray; call torch.as_tensor"),
         (lambda: Dense(2, 3)([[1.0, 2.0]]), TypeError, r"got builtins.list; call torch.as_tensor"),

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchnnfs import Dense, ReLU, Softmax, book, book_numpy, classifier, compare, spiral
+from torchnnfs.testing.precision import PRECISIONS
+from torchnnfs.testing.reference import answer
 
 
 class Own(nn.Module):
@@ -346,3 +348,33 @@ def test_a_note_says_how_much_the_reference_allows(model, points):
 def test_the_model_as_its_own_reference_is_named(model, points):
     notes = compare(model, points, reference=model, candidates=["eager"]).notes
     assert any("The reference is the model itself" in note for note in notes)
+
+
+def test_numbers_of_float32_were_computed_in_float32_unless_they_are_simple():
+    """Multiples of 1/256 are what people write down; float64 may hold no others by chance."""
+    whole = np.arange(1.0, 10.0)
+    for values, name in (
+        (whole / 256, "float64"),
+        (whole / 512, "float32"),
+        (whole[:8] / 512, "float64"),  # too few to tell
+        (whole / 3, "float64"),
+        (np.float32(whole / 3).astype(float), "float32"),
+        (np.float32(whole / 3), "float32"),
+        (torch.tensor(whole / 3).bfloat16(), "bfloat16"),
+        (np.append(whole / 512, np.nan), "float32"),
+        (np.append(whole / 512, 1e300), "float64"),
+    ):
+        assert answer(values, "here").precision is PRECISIONS[name]
+    roughest = answer([np.float32(whole / 3), np.float16(whole / 3)], "here")
+    assert roughest.precision is PRECISIONS["float16"]
+
+
+def test_the_first_failure_of_a_reference_is_told(model):
+    """It is tried in float64, in float32, and with tensors."""
+
+    def fails(x):
+        raise ValueError(f"no {type(x).__name__} of {x.dtype}")
+
+    message = r"shape \(5, 3\): ValueError: no ndarray of float64$"
+    with pytest.raises(ValueError, match=message):
+        compare(model, torch.randn(5, 3), reference=fails)

@@ -382,6 +382,12 @@ def test_of_several_maxima_any_may_have_the_gradient():
     for other in ([0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 5], [0, 2, 2, 1]):
         assert (np.abs(np.reshape(other, exact.shape) - exact) <= bound).all()
     assert bound[0, 0, 0] < 1e-30
+    x[0, 1] = 1  # one maximum: it has the gradient alone
+    exact, bound = R.MAX_POOL2D.backward(x, g, g, PRECISIONS["float32"], **named)["input"]
+    assert bound.max() < 1e-5
+    x[0, 1, 0] = 3  # two
+    exact, bound = R.MAX_POOL2D.backward(x, g, g, PRECISIONS["float32"], **named)["input"]
+    np.testing.assert_allclose(bound, [[[0, 5], [5, 0]]], atol=1e-5)
 
 
 @pytest.mark.parametrize("folded", [False, True])
