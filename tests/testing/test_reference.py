@@ -362,6 +362,7 @@ def test_numbers_of_float32_were_computed_in_float32_unless_they_are_simple():
         (np.float32(whole / 3), "float32"),
         (torch.tensor(whole / 3).bfloat16(), "bfloat16"),
         (np.append(whole / 512, np.nan), "float32"),
+        (np.append(whole, np.nan), "float64"),
         (np.append(whole / 512, 1e300), "float64"),
     ):
         assert answer(values, "here").precision is PRECISIONS[name]
