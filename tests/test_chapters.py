@@ -407,6 +407,15 @@ def test_strengths_and_scale_are_kept():
     layer.reset_parameters(torch.Generator().manual_seed(0))
     assert 0.01 < layer.weights.std() < 1
     assert book.from_torch(nn.Linear(2, 3)).weight_regularizer_l1 == 0
+    assert Layer_Dense(2, 3).bias_regularizer_l2 == 0
+
+
+def test_strengths_of_a_bias_that_is_not_there_add_nothing():
+    layer = book.from_torch(nn.Linear(2, 3, bias=False))
+    layer.bias_regularizer_l1, layer.bias_regularizer_l2 = 0.1, 0.2
+    layer.forward(np.ones((1, 2), np.float32))
+    layer.backward(np.ones((1, 3), np.float32))
+    np.testing.assert_array_equal(layer.dbiases, np.ones((1, 3)))
 
 
 def test_the_dialect_is_an_attribute_of_the_package():

@@ -154,7 +154,8 @@ def test_a_layer_that_is_called_again_says_so():
 
 
 def test_calls_that_nobody_can_judge_have_no_row():
-    calls = (Call("elsewhere", "Odd", (X,), {}, X), *trace((X, Y)).calls)
+    other = Call("elsewhere", "Odd", (X,), {}, X)
+    calls = (other, *trace((X, Y)).calls, other)
     rows = judge(Trace("mine", "cpu", "float32", calls, Y), problem(chain(1)))
     assert [row.layer for row in rows] == ["0"]
 
