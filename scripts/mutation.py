@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import Queue
@@ -96,6 +96,11 @@ class Mutant:
     start: int
     end: int
     function: int  # the line where the function begins that runs it; 0: it runs at the import
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What the record has of it."""
+        return {"file": self.file, "line": self.line, "old": self.old, "new": self.new}
 
     def __str__(self) -> str:
         old, new = (" ".join(each.split()) for each in (self.old, self.new))
@@ -338,8 +343,7 @@ def record(told: Sequence[tuple[Mutant, str]], seed: int, command: str) -> dict[
     for mutant, result in told:
         blank = {"mutants": len(mutants(mutant.file)), "killed": 0, "survived": 0, "timeout": 0}
         counts.setdefault(mutant.file, blank)[result] += 1
-    survivors = [asdict(mutant) for mutant, result in told if result == "survived"]
-    names = ("file", "line", "old", "new")
+    survivors = [mutant.shown for mutant, result in told if result == "survived"]
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
@@ -349,8 +353,30 @@ def record(told: Sequence[tuple[Mutant, str]], seed: int, command: str) -> dict[
         "run": len(told),
         "killed": sum(result == "killed" for _, result in told),
         "files": counts,
-        "survivors": [{name: each[name] for name in names} for each in survivors],
+        "survivors": survivors,
     }
+
+
+def again(
+    document: dict[str, Any], jobs: int, minutes: float, command: str
+) -> Iterator[tuple[Mutant, str]]:
+    """Tries the survivors of a record again, and changes the record."""
+    before = [tuple(each.values()) for each in document["survivors"]]
+    found = [mutant for file in document["files"] for mutant in mutants(file)]
+    # Of two that look the same on a line the record does not say which survived: both are tried.
+    chosen = [mutant for mutant in found if tuple(mutant.shown.values()) in before]
+    left = []
+    for mutant, result in tried(chosen, jobs, minutes):
+        if result != "killed":
+            left.append(mutant)
+        yield mutant, result
+    for file, counts in document["files"].items():
+        survived = sum(mutant.file == file for mutant in left)
+        counts["killed"] += counts["survived"] - survived
+        counts["survived"] = survived
+    document["survivors"] = [mutant.shown for mutant in left]
+    document["killed"] = sum(counts["killed"] for counts in document["files"].values())
+    document["again"] = command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -362,7 +388,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--list", action="store_true", help="print the mutants, run none")
+    parser.add_argument(
+        "--again", type=Path, metavar="FILE", help="try the survivors of that record once more"
+    )
     arguments = parser.parse_args(argv)
+    command = " ".join(["scripts/mutation.py", *(sys.argv[1:] if argv is None else argv)])
     chosen = sample(arguments.files, arguments.sample, arguments.seed)
     if arguments.list:
         for mutant in chosen:
@@ -370,14 +400,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # In a mixed order, so that a run that ends early has seen every file.
     random.Random(arguments.seed).shuffle(chosen)
+    document = json.loads(arguments.again.read_text()) if arguments.again else {}
+    if arguments.again:
+        results = again(document, arguments.jobs, arguments.minutes, command)
+    else:
+        results = tried(chosen, arguments.jobs, arguments.minutes)
     told = []
-    for mutant, result in tried(chosen, arguments.jobs, arguments.minutes):
+    for mutant, result in results:
         told.append((mutant, result))
         if result != "killed":
             print(f"{mutant}: {result}", flush=True)
-    document = record(
-        told, arguments.seed, " ".join(["scripts/mutation.py", *(argv or sys.argv[1:])])
-    )
+    document = document or record(told, arguments.seed, command)
     print(f"{document['killed']} of {document['run']} mutants killed")
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")

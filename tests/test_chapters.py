@@ -416,6 +416,12 @@ def test_strengths_of_a_bias_that_is_not_there_add_nothing():
     layer.forward(np.ones((1, 2), np.float32))
     layer.backward(np.ones((1, 3), np.float32))
     np.testing.assert_array_equal(layer.dbiases, np.ones((1, 3)))
+    layer = Layer_Dense(
+        2, 3, bias_regularizer_l1=0.25
+    )  # of a bias of 0 the slope is 1, as in the book
+    layer.forward(np.ones((1, 2), np.float32))
+    layer.backward(np.ones((1, 3), np.float32))
+    np.testing.assert_array_equal(layer.dbiases, np.full((1, 3), 1.25))
 
 
 def test_the_dialect_is_an_attribute_of_the_package():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torchnnfs import compare
-from torchnnfs.testing.judge import find, judge, make_row, rows_in
+from torchnnfs.testing.judge import find, find_formula, judge, make_row, rows_in
 from torchnnfs.testing.measure import measure, same
 from torchnnfs.testing.merge import Judged
 from torchnnfs.testing.precision import PRECISIONS
@@ -272,6 +272,12 @@ def test_plain_sums_are_made_where_they_can_be_compared():
 def test_rows_are_counted_from_the_beginning_of_the_whole():
     (found,) = find(trace((X, changed((1, 0), 9))), problem(chain(1)), start=70)
     assert found.isolated.measured.worst.index == (71, 0)
+    recorded = {"": Answer(changed((1, 0), 9), PRECISIONS["float64"])}
+    for start in ((), (70,)):
+        _, (found,) = find_formula(problem(chain(1), recorded=recorded), *start)
+        assert found.chained.measured.worst.index == (sum(start) + 1, 0)
+        assert found.remark == ("in float64 this is no rounding: the code or the parameters differ")
+    assert find_formula(problem(chain(1))) is None
 
 
 def test_where_all_may_overflow_nothing_is_judged():

@@ -214,6 +214,7 @@ def test_weights_that_are_all_zero_add_nothing():
 def test_a_dense_layer_has_no_bound_where_its_terms_may_overflow():
     total = sum(abs(W[0]) * (abs(X) + E)) + 6
     overflows_beyond(lambda p: dense.DENSE.bound(X, E, p, weight=W, bias=B), total)
+    assert dense.DENSE.bound(X, E, replace(SINGLE, largest=total), weight=W, bias=B)[0] == np.inf
 
 
 def of_products(a, b, precision):

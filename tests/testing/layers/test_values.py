@@ -170,9 +170,14 @@ def test_what_cannot_be_broken_in_that_way(layer, name, x, arguments):
     assert wrong(layer, name, x, **arguments) is None
 
 
+def test_tf32_has_the_small_numbers_of_float32_in_steps_of_its_own():
+    name, weight = "parameters rounded to TF32", np.array([[1.5 * 2.0**-136]])
+    assert wrong(dense.DENSE, name, np.ones((1, 1)), weight=weight) == 2.0**-135
+
+
 @pytest.mark.parametrize(("rows", "orders"), [(1, 16), (50, 10), (51, 10), (300, 3)])
 def test_there_are_as_many_plain_sums_as_it_takes(rows, orders):
-    x = np.ones((rows, 1))
+    x = np.full((rows, 1), 2.0)
     assert dense.DENSE.honest(x, FLOAT32, weight=W[:, :1]).shape == (orders, rows, 2)
     batch = dense.DENSE.honest(x[None], FLOAT32, weight=W[:, :1], bias=W[0])
     assert batch.shape == (orders, 1, rows, 2)
