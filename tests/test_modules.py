@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchnnfs import Dense, ReLU, Softmax, book_numpy, classifier
+from torchnnfs import Dense, LazyDense, ReLU, Softmax, book_numpy, classifier
 
 # The first six numbers of the book's stream: rounded to float32 first, then times 0.01.
 BOOK_WEIGHTS = np.float32(0.01) * np.array(
@@ -157,6 +157,12 @@ def test_from_numpy_dtype_and_device(device):
     assert Dense.from_numpy([[1, 2], [3, 4]]).weight.dtype == torch.float32
     layer = Dense.from_numpy(weights, device=device, dtype=torch.float16)
     assert (layer.weight.dtype, layer.weight.device.type) == (torch.float16, device.type)
+
+
+def test_a_lazy_layer_takes_the_last_dimension():
+    layer = LazyDense(3, bias=False)
+    assert layer(torch.ones(4, 2, 5)).shape == (4, 2, 3)
+    assert (layer.in_features, layer.bias) == (5, None)
 
 
 def test_relu_of_special_values():

@@ -261,6 +261,11 @@ def test_plain_sums_are_made_where_they_can_be_compared():
     assert found.sample is None
     (found,) = find(trace((X, Y)), problem(chain(1)))
     assert found.sample is None  # a ReLU rounds nothing
+    output = changed((0, 0), np.nan, right.output)
+    call = Call("", "Linear", (x,), {}, output)
+    (row,) = judge(Trace("mine", "cpu", "float32", (call,), output), problem(layer, x))
+    assert not row.ok
+    assert row.excess < 4  # of the others
     huge = nn.Linear(1, 1, bias=False)
     nn.init.constant_(huge.weight, 2.0)
     x = np.float32([[3e38]]).astype(float)
