@@ -163,6 +163,9 @@ def test_a_lazy_layer_takes_the_last_dimension():
     layer = LazyDense(3, bias=False)
     assert layer(torch.ones(4, 2, 5)).shape == (4, 2, 3)
     assert (layer.in_features, layer.bias) == (5, None)
+    assert LazyDense(3)(torch.ones(4, 0, 5)).shape == (4, 0, 3)
+    with pytest.raises(ValueError, match=r"of at least 1, got an input of shape \(4, 2, 0\)"):
+        LazyDense(3)(torch.ones(4, 2, 0))
 
 
 def test_relu_of_special_values():

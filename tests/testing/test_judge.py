@@ -277,6 +277,9 @@ def test_plain_sums_are_made_where_they_can_be_compared():
 def test_rows_are_counted_from_the_beginning_of_the_whole():
     (found,) = find(trace((X, changed((1, 0), 9))), problem(chain(1)), start=70)
     assert found.isolated.measured.worst.index == (71, 0)
+    # An output that has no rows is counted from 0.
+    (found,) = find(trace(output=X.sum(0) + 9 * np.eye(3)[2]), problem(Total()), start=70)
+    assert found.chained.measured.worst.index == (2,)
     recorded = {"": Answer(changed((1, 0), 9), PRECISIONS["float64"])}
     for start in ((), (70,)):
         _, (found,) = find_formula(problem(chain(1), recorded=recorded), *start)
@@ -308,6 +311,13 @@ def test_rows_are_those_of_the_first_array():
     assert rows_in(np.zeros((3, 2))) == 3
     assert rows_in({"a": np.zeros((4, 2)), "b": np.zeros(9)}) == 4
     assert rows_in(np.zeros(())) == rows_in(()) == 1
+
+
+class Total(nn.Module):
+    """Own code that adds up the rows."""
+
+    def forward(self, x):
+        return x.sum(0)
 
 
 class Two(nn.Module):

@@ -379,3 +379,19 @@ def test_the_first_failure_of_a_reference_is_told(model):
     message = r"shape \(5, 3\): ValueError: no ndarray of float64$"
     with pytest.raises(ValueError, match=message):
         compare(model, torch.randn(5, 3), reference=fails)
+
+
+def test_a_list_has_an_object_for_each_module_of_a_chain():
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    functions = [lambda x: 2 * x, lambda x: np.maximum(x, 0)]
+    chain = nn.Sequential(Double(), nn.ReLU())
+    comparison = compare(chain, torch.randn(5, 3), reference=functions)
+    assert comparison.ok
+    assert not any("judges the output alone" in note for note in comparison.notes)
+    comparison = compare(nn.ReLU(), torch.randn(5, 3), reference=functions[1:])
+    assert not any("judges the output alone" in note for note in comparison.notes)
+    comparison = compare(nn.ReLU(), torch.randn(5, 3), reference=functions[1:] * 2)
+    assert any("2 objects for 1 layers: it judges the output" in note for note in comparison.notes)

@@ -136,6 +136,10 @@ def windows(kernel):
         ),
         (reshape.MAX_POOL2D, "max pool as mean", IMAGE, {**POOL, "dilation": 1}, [[[0]]]),
         (
+            reshape.MAX_POOL2D, "max pool as mean", IMAGE[..., :2],
+            {**POOL, "stride": 3, "padding": 1, "dilation": 1}, [[[0.25]]],
+        ),
+        (
             reshape.AVG_POOL2D, "average pool, padding counted otherwise", IMAGE[..., :2],
             {**POOL, "stride": 3, "padding": 1, "count_include_pad": True,
              "divisor_override": None}, [[[1]]],
