@@ -340,9 +340,10 @@ def tried(chosen: Sequence[Mutant], jobs: int, minutes: float) -> Iterator[tuple
 def record(told: Sequence[tuple[Mutant, str]], seed: int, command: str) -> dict[str, Any]:
     """All that was found, and when and how."""
     counts: dict[str, dict[str, int]] = {}
+    for file in dict.fromkeys(mutant.file for mutant, _ in told):
+        counts[file] = {"mutants": len(mutants(file)), "killed": 0, "survived": 0, "timeout": 0}
     for mutant, result in told:
-        blank = {"mutants": len(mutants(mutant.file)), "killed": 0, "survived": 0, "timeout": 0}
-        counts.setdefault(mutant.file, blank)[result] += 1
+        counts[mutant.file][result] += 1
     survivors = [mutant.shown for mutant, result in told if result == "survived"]
     return {
         "command": command,
