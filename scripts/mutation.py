@@ -366,10 +366,10 @@ def again(
     found = [mutant for file in document["files"] for mutant in mutants(file)]
     # Of two that look the same on a line the record does not say which survived: both are tried.
     chosen = [mutant for mutant in found if tuple(mutant.shown.values()) in before]
-    left = []
+    left = [*chosen]
     for mutant, result in tried(chosen, jobs, minutes):
-        if result != "killed":
-            left.append(mutant)
+        if result == "killed":
+            left.remove(mutant)
         yield mutant, result
     for file, counts in document["files"].items():
         survived = sum(mutant.file == file for mutant in left)
