@@ -407,3 +407,17 @@ def test_models_that_cannot_be_fused():
         fuse(nn.Sequential(ReLU(), Dense(2, 3))).formulation
         == "eager, since ReLU breaks the order Dense, ReLU, ..., Softmax"
     )
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "2.bias"])
+@pytest.mark.parametrize("size", [0, 4])
+def test_memory_that_was_freed_is_not_read(model, batch, name, size):
+    fused_model = fuse(model)
+    output = fused_model(batch)
+    model.get_parameter(name).untyped_storage().resize_(size)
+    assert fused_model.formulation == "eager, since a parameter has no memory"
+    with pytest.raises(RuntimeError, match=r"setStorage|out of bounds"):
+        fused_model(batch)
+    if name != "2.bias":  # whose numbers no gradient needs
+        with pytest.raises(RuntimeError, match=r"setStorage|out of bounds"):
+            output.sum().backward()

@@ -191,6 +191,10 @@ class _Structure:
         kind = like.dtype, like.is_cpu
         if any((v.dtype, v.is_cpu) != kind or not v.is_contiguous() or v.is_neg() for v in values):
             return "a parameter is not contiguous memory of the input's dtype and device"
+        for v in values:
+            end = (v.storage_offset() + v.numel()) * v.element_size()
+            if not v.data_ptr() or v.untyped_storage().nbytes() < end:
+                return "a parameter has no memory"
         network = Chain(widths, biases, tuple(self.relus), self.softmax is not None)
         places = [each.data_ptr() for each in values]
         slots = [(*slot, *known) for slot, *known in zip(there, places, shapes, strict=True)]

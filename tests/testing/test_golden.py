@@ -178,3 +178,8 @@ def test_a_declared_shape_takes_no_memory(chapter, golden, shape):
         assert tracemalloc.get_traced_memory()[1] < 50_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_a_device_is_no_golden_file(chapter):
+    with pytest.raises(ValueError, match=r"'/dev/zero' is no golden file: .* no regular file"):
+        compare(*chapter, golden_file="/dev/zero")

@@ -338,8 +338,8 @@ def test_a_note_says_how_much_the_reference_allows(model, points):
         return model.double()(torch.from_numpy(x)).detach().numpy().astype(x.dtype)
 
     same = copy.deepcopy(model)
-    (note,) = [each for each in compare(same, points, reference=trusted).notes if "may be" in each]
-    allowed = float(re.search(r"may be off by (\S+) in the output", note)[1])
+    (note,) = [each for each in compare(same, points, reference=trusted).notes if "noticed" in each]
+    allowed = float(re.search(r"an error up to (\S+) in the output", note)[1])
     for factor, agrees in ((0.1, True), (10, False)):
         shifted = compare(same, points, reference=lambda x, f=factor: trusted(x) + f * allowed)
         assert shifted.ok == agrees
@@ -395,3 +395,47 @@ def test_a_list_has_an_object_for_each_module_of_a_chain():
     assert not any("judges the output alone" in note for note in comparison.notes)
     comparison = compare(nn.ReLU(), torch.randn(5, 3), reference=functions[1:] * 2)
     assert any("2 objects for 1 layers: it judges the output" in note for note in comparison.notes)
+
+
+def test_a_branch_on_an_exact_input_does_not_excuse_itself():
+    class Flag(nn.Module):
+        def __init__(self, wrong):
+            super().__init__()
+            self.layer, self.wrong = nn.Linear(3, 2), wrong
+
+        def forward(self, x):
+            out = self.layer(x)
+            return torch.where((x[:, :1] > 1) | ((x[:, :1] == 1) & self.wrong), out * 100, out)
+
+    x = torch.randn(60, 3)
+    x[:, 0] = (torch.arange(60) % 2).float()
+    for wrong in (False, True):
+        model = Flag(wrong)
+        w, b = (each.detach().double().numpy() for each in model.parameters())
+        for input in (x, [x[:1], x[1:]]):
+            assert compare(model, input, reference=lambda x, w=w, b=b: x @ w.T + b).ok != wrong
+
+
+def test_the_note_is_about_all_batches_and_about_rough_references(points):
+    model = nn.Linear(3, 2)
+
+    def allowed(input, reference):
+        notes = " ".join(compare(model, input, reference=reference, candidates=["eager"]).notes)
+        return float(re.search(r"an error up to (\S+) in the output", notes)[1])
+
+    twin = copy.deepcopy(model).double()
+
+    def trusted(x):
+        return twin(torch.from_numpy(x).double()).detach().numpy()
+
+    large = torch.cat([points, points * 1e3])
+    whole = allowed(large, trusted)
+    assert allowed([points, points * 1e3], trusted) == pytest.approx(whole, rel=0.5)
+    assert allowed([points], trusted) < whole
+    rough = trusted(points.numpy()).astype(np.float16)
+    assert 2**-12 < allowed(points, rough) < 1
+
+
+def test_an_empty_mapping_is_no_reference(model, points):
+    with pytest.raises(ValueError, match="at least one place, got an empty mapping"):
+        compare(model, points, reference={})

@@ -215,6 +215,11 @@ def _batches(input: Any) -> Iterator[list[Any]]:
     if not isinstance(input, Iterable):
         check_input(input)  # which says what is expected
     for batch in input:
+        if isinstance(batch, list) and len(batch) > 2:
+            raise ValueError(
+                "compare expects a batch that is a list to be an input and its target, got "
+                f"{len(batch)} entries; several inputs are a tuple"
+            )
         yield batch if isinstance(batch, list) and batch else [batch]
 
 

@@ -309,10 +309,11 @@ class Exact:
                 return known(place.layer, x, off, precision, self.arguments.get(path, {}))
         return self._own_run(path, place.module, given, error, precision)
 
-    def reach(self) -> dict[str, Array] | None:
-        """How far the output moves when each parameter and input is off by its rounding."""
+    def reach(self, inputs: bool) -> dict[str, Array] | None:
+        """How far the output moves when parameters, and `inputs`, are off by their rounding."""
         given, unit = split(self.input), self.precision.roundoff
-        error = convert(given, np.ndarray, lambda x: unit * np.abs(x) * (x.dtype.kind == "f"))
+        off = unit * inputs
+        error = convert(given, np.ndarray, lambda x: off * np.abs(x) * (x.dtype.kind == "f"))
         moved = self._own_run("", self.model, given, error, PRECISIONS["float64"], parameters=unit)
         return None if moved is None else moved.bounds
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -56,6 +57,8 @@ def load(name: str, here: dict[str, Array]) -> list[Trace]:
     """
     most = max(MOST_BYTES, MOST_TIMES * sum(array.nbytes for array in here.values()))
     try:
+        if os.path.exists(name) and not os.path.isfile(name):
+            raise ValueError("it is no regular file")
         with ZipFile(name) as file:
             members = file.infolist()
             size = sum(member.file_size for member in members)

@@ -165,7 +165,8 @@ def find(trace: Trace, problem: Problem, start: int = 0) -> list[Finding]:
             here = Finding(end.path, end.label, "", end.kind)
         far = _far(trace, problem)
         measured = _measured(trace, here, trace.output, None, problem.output, part)
-        found += [replace(each, far=far) for each in measured]
+        allowed = _most(problem.output) if judged_here and problem.reference.judges_output else 0.0
+        found += [replace(each, far=far, allowed=allowed) for each in measured]
     return [*_twice(trace, problem, part), *found]
 
 
@@ -181,7 +182,12 @@ def find_formula(problem: Problem, start: int = 0) -> tuple[Trace, list[Finding]
         words += "; a reference that maps layers to functions or arrays shows where"
     here = Finding("", "(output)", "", type(problem.model.model).__name__, remark=words)
     part = _Part(start, rows_in(problem.model.input))
-    return trace, list(_measured(trace, here, exact.output, None, problem.formula, part))
+    found = _measured(trace, here, exact.output, None, problem.formula, part)
+    return trace, [replace(each, allowed=_most(problem.formula)) for each in found]
+
+
+def _most(expected: Expected) -> float:
+    return max((float(np.max(each, initial=0.0)) for each in expected.bounds.values()), default=0.0)
 
 
 def rows_in(input: Any) -> int:

@@ -51,7 +51,15 @@ class Sample:
         return Sample(most, end, np.arange(start, end)[kept], copies)
 
     def joined(self, other: Sample) -> Sample:
-        """The sample of both parts together, in the order of their rows."""
+        """The sample of both parts together, in the order of their rows.
+
+        Where the rows of the two are not alike, it is the first alone.
+        """
+        sizes = {len(each) - len(one.rows) for one in (self, other) for each in one.arrays}
+        if sizes != {0} or any(
+            a.shape[1:] != b.shape[1:] for a, b in zip(self.arrays, other.arrays, strict=True)
+        ):
+            return self
         end = max(self.end, other.end)
         rows = np.concatenate([self.rows, other.rows])
         kept = np.argsort(rows, kind="stable")
@@ -79,6 +87,7 @@ class Finding:
         sample: input, exact and computed output of a layer with an honest computation.
         joined: whether it got what the place before gave.
         far: how far the candidate and the reference are from the model in float64.
+        allowed: the largest bound beside a reference for the output.
         remark: what to add where it differs.
         twice: whether it is about a second run.
     """
@@ -92,6 +101,7 @@ class Finding:
     sample: Sample | None = None
     joined: bool = True
     far: tuple[float, float] | None = None
+    allowed: float = 0.0
     remark: str = ""
     twice: bool = False
 
@@ -112,6 +122,7 @@ class Finding:
             sample=_both(self.sample, other.sample),
             joined=self.joined and other.joined,
             far=far,
+            allowed=max(self.allowed, other.allowed),
         )
 
 

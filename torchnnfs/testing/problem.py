@@ -97,8 +97,11 @@ class Problem:
             theirs = self.end.whole(_DOUBLE) if self.mismatch else None
             return theirs and _allowing(Answer(theirs.output, _DOUBLE), ours, theirs)
         answer = self._answer
-        reach = self.model.reach() if answer and answer.precision is _DOUBLE else None
-        if answer is None or reach is None:
+        if answer is None or answer.precision is not _DOUBLE:
+            return None
+        # A function gets this very input; an array may come from one that was not rounded yet.
+        reach = self.model.reach(inputs="" in self.reference.recorded)
+        if reach is None:
             return None
         bounds = {name: bound + reach[name] for name, bound in ours.bounds.items()}
         return replace(_allowing(answer, replace(ours, bounds=bounds), ours), basis=ESTIMATED)

@@ -66,6 +66,8 @@ def read(reference: Any, model: nn.Module, places: Sequence[Place]) -> Reference
     if isinstance(reference, Sequence) and not isinstance(reference, str):
         return _in_order(reference, places)
     named = reference if isinstance(reference, Mapping) else {"": reference}
+    if not named:
+        raise ValueError("compare expects a reference for at least one place, got an empty mapping")
     paths = dict(model.named_modules(remove_duplicate=False))
     found = Reference()
     for path, entry in named.items():
