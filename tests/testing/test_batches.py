@@ -262,7 +262,7 @@ def pair(command):
     return statuses, open("err0").read(), open("err1").read()
 
 model = Ends()
-processes.SILENCE = datetime.timedelta(seconds=4)
+processes.SILENCE = datetime.timedelta(seconds=3)
 for end, command in json.loads(sys.argv[1]):
     print(json.dumps(pair(command)))
 """
