@@ -46,9 +46,10 @@ def same_rows(one, two):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_are_the_same_whatever_the_batches(size, dtype):
     model = classifier(2, 5, 3, generator=np.random.RandomState(1), dtype=dtype)
-    whole = compare(model, INPUT.to(dtype), **QUICK)
+    input = (INPUT[::7] if size == 1 else INPUT).to(dtype)
+    whole = compare(model, input, **QUICK)
     assert whole.ok
-    same_rows(whole, compare(model, list(INPUT.to(dtype).split(size)), **QUICK))
+    same_rows(whole, compare(model, list(input.split(size)), **QUICK))
 
 
 def test_excess_is_of_the_same_rows_of_the_whole():
