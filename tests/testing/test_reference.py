@@ -439,3 +439,10 @@ def test_the_note_is_about_all_batches_and_about_rough_references(points):
 def test_an_empty_mapping_is_no_reference(model, points):
     with pytest.raises(ValueError, match="at least one place, got an empty mapping"):
         compare(model, points, reference={})
+
+
+def test_a_part_with_its_own_forward_has_a_row_beside_a_reference(model, points):
+    whole = nn.Sequential(nn.Linear(3, 3), model)
+    for reference in (None, whole[:], lambda x: whole(x)):
+        rows = compare(whole, points, reference=reference, candidates=["eager"]).rows
+        assert "1" in [row.layer for row in rows]
