@@ -293,7 +293,7 @@ def test_training_ends_well(init):
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer slows Python, but not NumPy")
 @pytest.mark.parametrize("hidden", [3, 64])
-def test_a_forward_pass_takes_little_more_than_three_times_numpys_time(hidden, init):
+def test_a_forward_pass_takes_at_most_three_times_numpys_time(hidden, init):
     points, _ = spiral_data(samples=100, classes=3)
     networks = []
     for dense, relu, softmax in ((MyDense, MyReLU, PlainSoftmax), OURS):
@@ -314,8 +314,7 @@ def test_a_forward_pass_takes_little_more_than_three_times_numpys_time(hidden, i
     finally:
         torch.set_num_threads(threads)
     ratios = [np.median([ours / mine for mine, ours in times]) for times in rounds]
-    # 2.6 to 3.0 on a quiet machine; up to 3.3 where Python is slow, now as before.
-    assert min(ratios) < 3.5
+    assert min(ratios) < 3
 
 
 def test_training_with_dropout_draws_the_same_masks(init):

@@ -421,3 +421,16 @@ def test_memory_that_was_freed_is_not_read(model, batch, name, size):
     if name != "2.bias":  # whose numbers no gradient needs
         with pytest.raises(RuntimeError, match=r"setStorage|out of bounds"):
             output.sum().backward()
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20])
+def test_a_backward_pass_sees_where_its_input_is_now(model, batch, size):
+    batch = batch.clone().requires_grad_()
+    output = fuse(model)(batch)
+    batch.untyped_storage().resize_(size)
+    if size > batch.nbytes:  # the same numbers, elsewhere
+        output.sum().backward()
+        assert batch.grad.isfinite().all()
+    else:
+        with pytest.raises(RuntimeError, match="data is not allocated"):
+            output.sum().backward()

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 
 from torchnnfs import fuse, kernel
 from torchnnfs.testing import assert_agrees
@@ -221,3 +222,33 @@ with torch.no_grad():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert 0.8 < float(done.stdout) < 1.1
+
+
+def test_the_operation_refuses_what_the_layers_refuse():
+    """A kernel would read memory of another type or size, and give numbers."""
+    x, w, b = torch.randn(4, 2), torch.randn(5, 2), torch.randn(5)
+    wrong = [
+        (x.double(), [w, b]),
+        (x.half(), [w, b]),
+        (x, [w.double(), b]),
+        (torch.randn(4, 3), [w, b]),
+        (x, [w, torch.randn(4)]),
+        (x, [w, torch.randn(5, 1)]),
+    ]
+    freed = w.clone()
+    freed.untyped_storage().resize_(0)
+    for input, parameters in [*wrong, (x, [freed, b])]:
+        with pytest.raises((RuntimeError, IndexError)):
+            torch.ops.torchnnfs.chain(input, parameters, [True], [True], False)
+    right = torch.ops.torchnnfs.chain(x, [w, b], [True], [True], False)
+    torch.testing.assert_close(right, torch.relu(x @ w.T + b))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["another dtype", "another width"])
+def test_a_compiled_chain_refuses_what_the_layers_refuse(model, batch, kind):
+    compiled = torch.compile(fuse(model), backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(batch), nn.Sequential.forward(model, batch))
+        with pytest.raises(RuntimeError):
+            compiled(batch.double() if kind == "another dtype" else torch.randn(300, 3))

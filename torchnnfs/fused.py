@@ -181,12 +181,8 @@ class _Structure:
         if shapes != self.shapes:
             raise RuntimeError(AGAIN)
         biases = tuple(slot[2] is not None for slot in every[1::2])
-        weights = [shape for shape in shapes if len(shape) == 2]
-        widths = (*(shape[1] for shape in weights[:1]), *(shape[0] for shape in weights))
-        fitting: list[Any] = []
-        for inputs, outputs, bias in zip(widths, widths[1:], biases, strict=False):
-            fitting += [(outputs, inputs), (outputs,)][: 1 + bias]
-        if shapes != fitting:
+        network = Chain.of(values, biases, self.relus, self.softmax is not None)
+        if network is None:
             return "the widths of its layers do not fit"
         kind = like.dtype, like.is_cpu
         if any((v.dtype, v.is_cpu) != kind or not v.is_contiguous() or v.is_neg() for v in values):
@@ -195,7 +191,6 @@ class _Structure:
             end = (v.storage_offset() + v.numel()) * v.element_size()
             if not v.data_ptr() or v.untyped_storage().nbytes() < end:
                 return "a parameter has no memory"
-        network = Chain(widths, biases, tuple(self.relus), self.softmax is not None)
         places = [each.data_ptr() for each in values]
         slots = [(*slot, *known) for slot, *known in zip(there, places, shapes, strict=True)]
         slots += [(*slot, 0, None) for slot in every if slot[2] is None]

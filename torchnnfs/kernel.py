@@ -50,6 +50,19 @@ class Chain(NamedTuple):
     relus: tuple[bool, ...]
     softmax: bool
 
+    @classmethod
+    def of(
+        cls, tensors: Sequence[Tensor], biases: Sequence[bool], relus: Sequence[bool], softmax: bool
+    ) -> Chain | None:
+        """The chain with these weights and biases; None where their shapes do not fit."""
+        shapes = [each.shape for each in tensors]
+        weights = [shape for shape in shapes if len(shape) == 2]
+        widths = (*(shape[1] for shape in weights[:1]), *(shape[0] for shape in weights))
+        fitting: list[Any] = []
+        for inputs, outputs, bias in zip(widths, widths[1:], biases, strict=False):
+            fitting += [(outputs, inputs), (outputs,)][: 1 + bias]
+        return cls(widths, tuple(biases), tuple(relus), softmax) if shapes == fitting else None
+
 
 #: How many samples, where they are, and where the parameters are, in memory that the caller holds.
 Call = tuple[int, int, bytes]
@@ -191,11 +204,12 @@ def chain(
 ) -> Tensor:
     """The chain as one operation of torch's, which compile, export, autograd and vmap see."""
     tensors = [each.contiguous() for each in (input, *parameters)]
-    weights = [each for each in tensors[1:] if each.ndim == 2]
-    network = Chain((weights[0].shape[1], *map(len, weights)), tuple(biases), tuple(relus), softmax)
-    made = kernel(network, input.dtype, input.is_cpu)
-    if made.run is None or not input.numel():
-        return formula(input, parameters, biases, relus, softmax)
+    network = Chain.of(parameters, biases, relus, softmax)
+    alike = {(each.dtype, each.is_cpu) for each in tensors} == {(input.dtype, True)}
+    made = kernel(network, input.dtype, True) if network and alike else None
+    wide = input.shape[-1:] == (network.widths[0],) if network else False
+    if made is None or made.run is None or not wide or not all(map(memory, tensors)):
+        return formula(input, parameters, biases, relus, softmax)  # which refuses what is wrong
     out = input.new_empty(*input.shape[:-1], made.outputs)
     x, *rest = (each.data_ptr() for each in tensors)
     places = struct.pack(f"{len(rest)}q", *rest)
@@ -204,9 +218,8 @@ def chain(
 
 
 @chain.register_fake
-def _(input: Tensor, parameters: Sequence[Tensor], biases: Sequence[bool], *_: Any) -> Tensor:
-    last = parameters[-2 if biases[-1] else -1]
-    return input.new_empty(*input.shape[:-1], last.shape[0])
+def _(input: Tensor, parameters: Sequence[Tensor], *options: Any) -> Tensor:
+    return input.new_empty(formula(input, parameters, *options).shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -248,10 +261,12 @@ class Derived(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: D102
-        tensors, target, found, (kernel, call, _) = ctx.saved_tensors, ctx.target, None, ctx.call
-        there = memory(grad) and memory(tensors[0])
-        places = struct.pack(f"{len(tensors) - 1}q", *map(memory, tensors[1:]))
-        if not is_grad_enabled() and type(grad) is Tensor and there and places == call[2]:
+        tensors, target, found, (kernel, call, held) = ctx.saved_tensors, ctx.target, None, ctx.call
+        # Memory that was read may have been freed since, or a copy of the input read in its place.
+        x, *places = map(memory, tensors)
+        same = struct.pack(f"{len(places)}q", *places) == call[2]
+        same = same and (x == call[1] or isinstance(held[0], Tensor))
+        if not is_grad_enabled() and type(grad) is Tensor and memory(grad) and same:
             found, ctx.found = ctx.found, None
             if found is None:
                 given = grad.resolve_neg().contiguous() if target is None else None

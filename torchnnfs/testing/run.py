@@ -129,7 +129,8 @@ class Run:
             given = target if given is None else given
             self._judge(batch, given, keep)
         if self.group is not None:
-            self.digest = _digest((input, *self.model.parameters()), self.digest)
+            told = input if self.batches else (input, *self.model.parameters())
+            self.digest = _digest(told, self.digest)
         self.batches += 1
         self.rows = rows.stop
 
