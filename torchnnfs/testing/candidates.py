@@ -88,14 +88,19 @@ class Candidate:
         formulas = {place.path: _in_float32 for place in places if kind.numpy and place.layer}
         formulas |= broken or {}
 
-        def once() -> tuple[list[Call], Any]:
-            calls: list[Call] = []
-            with watched(modules, formulas, calls):
-                return calls, _arrays(call(compute, cast(input, self.device, dtype)))
+        calls: list[Call] = []
+        again = None
+
+        def once() -> Any:
+            return _arrays(call(compute, cast(input, self.device, dtype)))
 
         with torch.no_grad(), self._computing(model, input) as compute:
-            calls, output = once()
-            again = once()[1] if broken is None else None
+            for path, formula in formulas.items():
+                vars(modules[path])["forward"] = _computed(modules[path], formula, dtype)
+            with watched(modules, calls):
+                output = once()
+            if broken is None:
+                again = once()
         return Trace(self.name, str(self.device), dtype_name(dtype), tuple(calls), output, again)
 
     @contextmanager
@@ -168,6 +173,17 @@ def resolved(candidate: Candidate, own: torch.dtype) -> Candidate:
     """The candidate with a dtype: its own choice, or `own`, or the only one it computes in."""
     (only, *others) = KINDS[candidate.name].dtypes
     return replace(candidate, dtype=candidate.dtype or (own if others else DTYPES[only]))
+
+
+def _computed(module: nn.Module, formula: Formula, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """A forward that computes the formula; what is no integer comes in the dtype."""
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        given: Tensor = next(iter((*args, *kwargs.values())))
+        result = torch.from_numpy(np.array(formula(module, to_numpy(given))))
+        return result.to(given.device, dtype if result.is_floating_point() else None)
+
+    return forward
 
 
 def _in_float32(module: nn.Module, x: np.ndarray) -> np.ndarray:

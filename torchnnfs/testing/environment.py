@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 
 import numpy as np
 import torch
 
 #: The newest versions that the tests have run with; constraints.txt has them in full.
 TESTED = {"torch": "2.13", "numpy": "2.4", "nnfs": "0.5"}
+
+version = cache(metadata.version)
 
 
 def describe(devices: Iterable[str]) -> dict[str, str]:

@@ -163,8 +163,10 @@ def _equal(precision: Precision, value: Array, exact: Array) -> int:
 
 
 def _histogram(ulps: Array) -> tuple[int, ...]:
-    below: list[int] = []
+    counts: list[int] = []
+    left = ulps.size
     for edge in ULP_EDGES:
-        known = below and below[-1] == ulps.size
-        below.append(ulps.size if known else int(np.count_nonzero(ulps <= edge)))
-    return tuple(int(count) for count in np.diff(below, prepend=0))
+        above = left and int(np.count_nonzero(ulps > edge))
+        counts.append(left - above)
+        left = above
+    return tuple(counts)

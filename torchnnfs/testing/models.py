@@ -233,9 +233,8 @@ def walk(model: nn.Module) -> list[Place]:
 def to_numpy(tensor: Tensor) -> Array:
     """The tensor's exact values as an array of its own; floating-point ones in float64."""
     tensor = tensor.detach().cpu()  # first to the CPU: not every accelerator has float64
-    if tensor.is_floating_point():
-        tensor = tensor.to(torch.float64)
-    array: Array = np.array(tensor.numpy())
+    kept = torch.float64 if tensor.is_floating_point() else tensor.dtype
+    array: Array = tensor.to(kept, copy=True).numpy()
     return array
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from torchnnfs.testing.models import convert, to_numpy
@@ -89,26 +88,17 @@ def hooked(
 
 
 @contextmanager
-def watched(
-    modules: Mapping[str, nn.Module], formulas: Mapping[str, Formula], calls: list[Call]
-) -> Iterator[None]:
-    """Append each call of each module to `calls`, in the order of their ends.
-
-    Where there is a formula for a path, its result takes the place of the module's output.
-    """
+def watched(modules: Mapping[str, nn.Module], calls: list[Call]) -> Iterator[None]:
+    """Append each call of each module to `calls`, in the order of their ends."""
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     # The input is copied before the call, for the layer may work in place.
     def before(path: str, args: Any, kwargs: Any) -> None:
         given.append((convert(args, Tensor, to_numpy), convert(kwargs, Tensor, to_numpy)))
 
-    def after(path: str, module: nn.Module, output: Any) -> Any:
-        call = Call(path, type(module).__name__, *given.pop(), None)
-        if path in formulas:
-            result = np.array(formulas[path](module, call.input))
-            output = torch.from_numpy(result).to(output.device, output.dtype)
-        calls.append(replace(call, output=convert(output, Tensor, to_numpy)))
-        return output
+    def after(path: str, module: nn.Module, output: Any) -> None:
+        result = convert(output, Tensor, to_numpy)
+        calls.append(Call(path, type(module).__name__, *given.pop(), result))
 
     with hooked(modules, before, after):
         yield

@@ -45,6 +45,8 @@ class Layer:
         honest: ``honest(x, precision, **arguments)``: errors of plain computations in that
             precision, for the excess; None where correct computations vary too much for it.
         eval_only: whether the formula is that of eval mode alone.
+        by_rows: whether each row, along the first of several axes, is computed on its own (but
+            along a `dim`).
     """
 
     name: str
@@ -54,6 +56,7 @@ class Layer:
     controls: Mapping[str, Wrong] = field(default_factory=dict)
     honest: Callable[..., Array] | None = None
     eval_only: bool = False
+    by_rows: bool = False
 
 
 def finished(y: Array, bound: Array, largest: Any, precision: Precision) -> Array:

@@ -26,7 +26,8 @@ def dense(x: Array, weight: Array, bias: Maybe = None) -> Array:
     As ``nnfs.init()`` has it, the dot product is accumulated in float64 and rounded once. Not by
     ``np.dot`` itself: that is another function where ``nnfs.init()`` was called.
     """
-    y: Array = (x.astype(np.float64) @ weight.astype(np.float64).T).astype(x.dtype)
+    wide, factors = (each.astype(np.float64, copy=False) for each in (x, weight.T))
+    y: Array = (wide @ factors).astype(x.dtype, copy=False)
     return y if bias is None else y + bias
 
 
@@ -247,6 +248,7 @@ DENSE = Layer(
         "parameters rounded to float16": _with_weight(PRECISIONS["float16"].round),
     },
     honest=dense_honest,
+    by_rows=True,
 )
 _CONVOLUTION: Any = (
     convolution,

@@ -99,8 +99,9 @@ def softmax_bound(x: Array, error: Array, precision: Precision, dim: int = -1) -
     u = precision.unit
     y, p, carried, rounded = _moved(front, errors, precision, axis, kept)
     far = carried + rounded + ((_EXP + 1) * u + kept)
-    # Where p is no normal number of float64, its relative error means nothing.
-    bound = np.where(p > 2.0**-1022, p * np.expm1(far), np.exp(y + far))
+    bound = p * np.expm1(far)
+    small = ~(p > 2.0**-1022)  # no normal number of float64: its relative error means nothing
+    bound[small] = np.exp(y[small] + far[small])
     # No correct result leaves [0, 1], so no error is larger than 1 and a few roundings.
     bound = np.fmin(bound, 1 + 8 * u) + precision.tiny + (precision.stored_tiny if kept else 0.0)
     widest = np.max(errors, axis=axis, keepdims=True)
@@ -159,6 +160,7 @@ SOFTMAX = Layer(
     softmax_bound,
     softmax_backward,
     controls={"softmax over the wrong axis": _along_another(softmax), UNSHIFTED: _unshifted},
+    by_rows=True,
 )
 LOG_SOFTMAX = Layer(
     "log-softmax",
@@ -169,4 +171,5 @@ LOG_SOFTMAX = Layer(
         "log-softmax over the wrong axis": _along_another(log_softmax),
         "log-softmax without the logarithm": softmax,
     },
+    by_rows=True,
 )
