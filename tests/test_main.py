@@ -101,7 +101,7 @@ def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, caps
             "cannot be made: Trying to create tensor with negative dimension -1",
         ),
         ("compare --hidden 0", "classifier expects width 1 to be at least 1, got 0"),
-        ("compare --seed -1", "Seed must be between 0 and 2**32 - 1"),
+        ("compare --seed -1", "--seed expects a number from 0 to 2**32 - 1, got -1"),
         ("compare --dtype int8", "invalid choice: 'int8'"),
         ("compare --device warp", "--device 'warp' is unknown to torch; here are cpu"),
         ("compare --device cuda:99", "--device 'cuda:99' is not on this machine; here are cpu"),
@@ -163,6 +163,9 @@ def stops():
 
 def fails():
     return {}["missing"]
+
+def fails_in_a_library():
+    return torch.nn.Linear("two", 3)
 """
 
 
@@ -229,6 +232,13 @@ def test_wrong_usage_of_ones_own_is_one_line(own, arguments, message, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_type_error_from_a_library_is_no_wrong_usage(own, capsys):
+    assert main(["compare", "usermodule:fails_in_a_library", "--input", "x.npy"]) == 70
+    error = capsys.readouterr().err
+    assert error.startswith("torchnnfs: TypeError: ")
+    assert error.count("\n") == 1
 
 
 def test_an_error_in_the_models_code_is_one_line_with_a_status_of_its_own(own, capsys):

@@ -52,6 +52,19 @@ def test_the_record_of_mutation_adds_up(mutation):
     assert sum(each["survived"] for each in files.values()) == len(document["survivors"])
 
 
+def test_judging_measures_what_its_record_says(tmp_path):
+    record = tmp_path / "judging.json"
+    command = [sys.executable, ROOT / "scripts/judging.py", "--samples", "100", "--rounds", "2"]
+    done = subprocess.run([*command, "--json", record], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, kept = (json.loads(each.read_text()) for each in (record, ROOT / "results/judging.json"))
+    assert found.keys() == kept.keys()
+    assert found["rows"] == 300
+    assert done.stdout.startswith(
+        f"\n300 rows: judging eager and numpy takes {found['passes']['median']:.1f} times"
+    )
+
+
 def versions(*arguments):
     command = [sys.executable, ROOT / "scripts/versions", *arguments]
     return subprocess.run(command, capture_output=True, text=True)

@@ -163,6 +163,8 @@ def _spiral(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the network {network} cannot be made: {reason}") from None
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"--seed expects a number from 0 to 2**32 - 1, got {seed}")
     stream = np.random.RandomState(seed)
     points, target = spiral(samples, classes, generator=stream, device="cpu")
     model = classifier(*widths, generator=stream, device="cpu")
@@ -358,6 +360,11 @@ def _report(
         raise failures[0]
 
 
+#: What a machine or a library says of the input, and beside it what our own checks do.
+_KNOWN = MemoryError, OSError, RuntimeError
+_SAID = (*_KNOWN, TypeError, ValueError)
+
+
 def _run(argv: Sequence[str] | None, group: Processes) -> tuple[int, str]:
     """The exit status, and a line where something went wrong."""
     arguments = None
@@ -380,7 +387,9 @@ def _run(argv: Sequence[str] | None, group: Processes) -> tuple[int, str]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has stopped reading
             return 128 + signal.SIGPIPE, ""
-        if isinstance(error, MemoryError | OSError | RuntimeError | TypeError | ValueError):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        ours = str(frame.f_globals.get("__package__")).startswith("torchnnfs")
+        if isinstance(error, _SAID if ours else _KNOWN):
             return USAGE, str(error)
         advice = "an error in the model's code, or one of ours to report; --debug shows where"
         return FAULT, f"{type(error).__name__}: {error} ({advice})"
