@@ -116,12 +116,8 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
 
     def reset_parameters(self, generator: Generator = None) -> None:
         """Draw the weights again, from `generator` or, when None, from NumPy's global stream."""
-        if generator is not None or self.weight.is_meta:
-            super().reset_parameters(generator)
-            return
-        self._fill(np.random.randn(self.in_features, self.out_features))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        stream: Any = np.random if generator is None else generator
+        super().reset_parameters(stream)
 
     @property
     def weights(self) -> NDArray[np.float32]:  # noqa: D102
