@@ -105,15 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     book("--seed", type=int, help="of data and weights (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: all of this machine)")
     add("--dtype", nargs="+", choices=DTYPES, help="of torch (default: the model's own)")
-    names = f"{', '.join(KINDS)}, or all (default: {' '.join(_QUICK)})"
-    add(
-        "--candidates",
-        nargs="+",
-        choices=[*KINDS, "all"],
-        metavar="NAME",
-        default=_QUICK,
-        help=names,
-    )
+    names, words = [*KINDS, "all"], f"{', '.join(KINDS)}, or all (default: {' '.join(_QUICK)})"
+    add("--candidates", nargs="+", choices=names, metavar="NAME", default=_QUICK, help=words)
     add("--backward", action="store_true", help="judge the gradients of torch eager as well")
     add("--no-controls", action="store_true", help="do not try deliberately broken copies")
     add("--golden", metavar="FILE.npz", help="judge what another machine gave, too (see below)")
@@ -138,18 +131,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _devices(name: str) -> list[torch.device]:
     here = devices_here()
-    if name == "auto":
-        return here
-    names = ", ".join(map(str, here))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name!r} is unknown to torch; here are {names}") from None
-    wanted = device.type, device.index or 0
-    same = [each for each in here if (each.type, each.index or 0) == wanted]
-    if not same:
+    named = here if name == "auto" else [each for each in here if name in (str(each), each.type)]
+    if not named:
+        names = ", ".join(map(str, here))
         raise ValueError(f"--device {name!r} is not on this machine; here are {names}")
-    return same
+    return here if name == "auto" else named[:1]
 
 
 def _spiral(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
@@ -257,8 +243,8 @@ class _Console(Console):
 
 
 def _console() -> Console:
-    wide = None if sys.stdout.isatty() else 120  # a file or a pipe has no width of its own
-    return _Console(highlight=False, width=wide)
+    # A file or a pipe has no width of its own.
+    return _Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def _page(arguments: argparse.Namespace, group: Processes) -> int:
@@ -282,23 +268,21 @@ def _show(facts: dict[str, str], comparison: Comparison, skipped: Sequence[str])
 
 def _files(arguments: argparse.Namespace) -> dict[str, str]:
     """The file that each option writes. Nothing is written twice, and nothing that is read."""
-    places: dict[str, str] = {}
-    files: dict[str, str] = {}
-    for name in ("golden", *_OWN, "save_golden", *_REPORTS):
-        path, option = vars(arguments)[name], f"--{name.replace('_', '-')}"
-        if path is None:
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    read = [name for name in ("golden", *_OWN) if name in given]
+    places = {os.path.realpath(given[name]): f"--{name}" for name in read}
+    places[os.path.realpath("-")] = "standard output"
+    files = {name: given[name] for name in ("save_golden", *_REPORTS) if name in given}
+    for name, path in files.items():
+        place, option = os.path.realpath(path), f"--{name.replace('_', '-')}"
+        if path == "-" and name in _REPORTS:
             continue
-        place = os.path.realpath(path)
-        if name == "save_golden" or name in _REPORTS:
-            files[name] = path
-            if path == "-" and name in _REPORTS:
-                continue
-            if place in places or path == "-":
-                raise ValueError(
-                    "each report and golden file needs a name of its own: "
-                    f"{option} {path!r} is {places.get(place, 'printed')} as well"
-                )
-            check_writable(option, path)
+        if place in places:
+            raise ValueError(
+                "each report and golden file needs a name of its own: "
+                f"{option} {path!r} is {places[place]} as well"
+            )
+        check_writable(option, path)
         places[place] = option
     if "plot" in files:
         plot.kind_of(files["plot"])  # before the work, not after it
