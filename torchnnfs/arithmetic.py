@@ -89,9 +89,8 @@ def softmax_on_host(x: NDArray[np.float32]) -> NDArray[np.float32]:
         array([0.09003057, 0.24472848, 0.66524094], dtype=float32)
     """
     # NumPy's own reduction is slow along a short row, and a maximum has no rounding.
-    top = x.max(-1) if x.shape[-1] > 8 else x[..., 0]
-    for i in range(1, x.shape[-1] if x.shape[-1] <= 8 else 0):
-        top = np.maximum(top, x[..., i])
+    columns = (x[..., i] for i in range(x.shape[-1]))
+    top = functools.reduce(np.maximum, columns) if x.shape[-1] <= 8 else x.max(-1)
     shifted = (x - top[..., None]).astype(np.float64)
     y = np.exp(shifted)
     powers, unsure = _rounded(y * (1 - 16 * _UNIT), y * (1 + 16 * _UNIT))
@@ -117,12 +116,10 @@ def exp(x: Tensor) -> Tensor:
     """
     x = x.clamp(min=-750.0)  # e**-750 rounds to 0
     n = torch.round(x * (1 / math.log(2)))
-    r = x - n * _LN2_HIGH
-    r = r - n * _LN2_LOW
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
     power = torch.full_like(r, _TAYLOR[-1])
     for coefficient in _TAYLOR[-2::-1]:
-        power = power * r
-        power = power + coefficient
+        power = power * r + coefficient
     # In two steps, since 2**n may be no normal number.
     powers = torch.full((542,), 0.5, dtype=r.dtype, device=r.device).cumprod(0) * 2  # exact
     n = n.neg().nan_to_num().to(torch.int64)
@@ -136,11 +133,9 @@ def row_sum(x: Any) -> Any:
     if n > 128:
         half = n // 2 - n // 2 % 8
         return row_sum(x[..., :half]) + row_sum(x[..., half:])
-    start = 1
-    total = x[..., 0]
+    total, start = x[..., 0], 1
     if n >= 8:
-        start = n - n % 8
-        lanes = x[..., :8]
+        lanes, start = x[..., :8], n - n % 8
         for i in range(8, start, 8):
             lanes = lanes + x[..., i : i + 8]
         for _ in range(3):
@@ -220,12 +215,8 @@ class _Exact(torch.autograd.Function):
 
 def is_quick(values: Any, *tensors: Any) -> TypeGuard[NDArray[np.float32]]:
     """Whether `values` are a plain float32 array with numbers, and `tensors` on the host."""
-    return (
-        type(values) is np.ndarray
-        and values.dtype == np.float32
-        and values.size > 0
-        and _on_host(*tensors)
-    )
+    plain = type(values) is np.ndarray and values.dtype == np.float32 and values.size > 0
+    return plain and _on_host(*tensors)
 
 
 def _on_host(*tensors: Any) -> bool:

@@ -28,10 +28,16 @@ _HINT = "book.from_numpy converts no more than it understands; convert the parts
 def read(layer: Any) -> tuple[str, list[Any]]:
     """The kind of `layer`, and what `_KINDS` says that it is made from.
 
-    Raises:
-        TypeError: a class or an attribute that is not understood, by its name.
+    A TypeError names the class or the attribute that is not understood.
     """
-    owner, held = type(layer).__name__, _attributes(layer)
+    owner, names = type(layer).__name__, [] if isinstance(layer, type) else dir(layer)
+    held = {
+        name: value
+        for name in names
+        if not (name.startswith("__") or _STATE.fullmatch(name))
+        and not callable(getattr(type(layer), name, None))
+        and (value := getattr(layer, name)) is not None
+    }
     has_weights = "weights" in held or "weight" in held
     kind = "dense" if has_weights else kind_of(layer)
     if kind not in _KINDS or (kind == "dense" and not has_weights):
@@ -40,9 +46,8 @@ def read(layer: Any) -> tuple[str, list[Any]]:
             f"Activation_ReLU, Activation_Softmax or Layer_Dropout, got one of class {owner}"
         )
     parts = []
-    for names in _KINDS[kind]:
-        name = next((name for name in names if name in held), "")
-        parts.append(held.pop(name, None))
+    for spellings in _KINDS[kind]:
+        parts.append(held.pop(next((name for name in spellings if name in held), ""), None))
     if kind == "dropout" and not (isinstance(parts[0], float | int) and 0 < parts[0] <= 1):
         raise TypeError(
             f"book.from_numpy expects {owner}.rate to be the share of the inputs that stays, "
@@ -70,11 +75,7 @@ def kind_of(value: Any) -> str:
 
 
 def check_forward(layer: Any, model: nn.Module, width: int, scales: tuple[float, ...]) -> None:
-    """Run a copy of `layer`, if it has a `forward`, beside `model`.
-
-    Raises:
-        TypeError: `forward` fails, gives nothing, or computes something else than `model`.
-    """
+    """A TypeError where `layer` has a `forward` that fails or computes something else."""
     if isinstance(layer, type) or not hasattr(layer, "forward"):
         return
     owner = f"{type(layer).__name__}.forward"
@@ -92,22 +93,6 @@ def check_forward(layer: Any, model: nn.Module, width: int, scales: tuple[float,
     finally:
         np.random.set_state(state)
     ours = model(probe).detach().cpu().double().numpy()
-    if (
-        theirs.shape != ours.shape
-        or not (np.abs(theirs - ours) <= 1e-4 * np.abs(ours).max(-1, keepdims=True)).all()
-    ):
+    bound = 1e-4 * np.abs(ours).max(-1, keepdims=True)
+    if theirs.shape != ours.shape or not (np.abs(theirs - ours) <= bound).all():
         raise TypeError(f"{_HINT}: {owner} computes something else than {model}")
-
-
-def _attributes(layer: Any) -> dict[str, Any]:
-    """What an object and its class hold, without methods and what `_STATE` names."""
-    if isinstance(layer, type):
-        return {}
-    names = [
-        name
-        for name in dir(layer)
-        if not (name.startswith("__") or _STATE.fullmatch(name))
-        and not callable(getattr(type(layer), name, None))
-    ]
-    values = {name: getattr(layer, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
