@@ -40,7 +40,7 @@ from torchnnfs import arithmetic, objects
 from torchnnfs.arithmetic import exp as exp
 from torchnnfs.arithmetic import is_quick
 from torchnnfs.checks import check_numbers, check_real
-from torchnnfs.classes import with_classes
+from torchnnfs.classes import Kinds, with_classes
 from torchnnfs.kept import Inputs, Keeps
 from torchnnfs.modules import Dense, ReLU, Softmax
 from torchnnfs.streams import Generator
@@ -329,12 +329,8 @@ class Layer_Dropout(Keeps, nn.Dropout):  # noqa: N801
         self.dinputs = self._received(dvalues, self.inputs) * self.binary_mask
 
 
-_TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {
-    Layer_Dense: Dense,
-    Activation_ReLU: ReLU,
-    Activation_Softmax: Softmax,
-    Layer_Dropout: nn.Dropout,
-}
+_TO_TORCH: Kinds = {Layer_Dense: Dense, Activation_ReLU: ReLU, Activation_Softmax: Softmax}
+_TO_TORCH[Layer_Dropout] = nn.Dropout
 _TO_BOOK = {theirs: ours for ours, theirs in _TO_TORCH.items()}
 _TO_BOOK |= {nn.Linear: Layer_Dense, nn.ReLU: Activation_ReLU, nn.Softmax: Activation_Softmax}
 
@@ -353,9 +349,9 @@ def to_torch(model: nn.Module) -> nn.Module:
     """
     model = with_classes(model, _TO_TORCH)
     for layer in model.modules():
-        for name in ("_inputs", "_output"):  # only the book keeps them
-            if not isinstance(layer, Keeps):
-                vars(layer).pop(name, None)
+        if not isinstance(layer, Keeps):  # only the book keeps them
+            vars(layer).pop("_inputs", None)
+            vars(layer).pop("_output", None)
     return model
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
 from torch import nn
 
 from torchnnfs.modules import Dense, ReLU, Softmax
 
-_TO_TORCH: dict[type[nn.Module], type[nn.Module]] = {
-    Dense: nn.Linear,
-    ReLU: nn.ReLU,
-    Softmax: nn.Softmax,
-}
+Kinds = dict[type[nn.Module], type[nn.Module]]
+
+_TO_TORCH: Kinds = {Dense: nn.Linear, ReLU: nn.ReLU, Softmax: nn.Softmax}
 _FROM_TORCH = {theirs: ours for ours, theirs in _TO_TORCH.items()}
 
 
@@ -52,7 +49,7 @@ def from_torch(model: nn.Module) -> nn.Module:
     return with_classes(model, _FROM_TORCH)
 
 
-def with_classes(model: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+def with_classes(model: nn.Module, kinds: Kinds) -> nn.Module:
     """A copy of `model` in which layers of exactly these types have the class `kinds` gives.
 
     Both classes must have the same attributes: these, parameters and hooks among them, stay.

@@ -204,7 +204,8 @@ class Dense(nn.Linear):
             )
         if dtype is None and hasattr(weights, "dtype") and weight.is_floating_point():
             dtype = weight.dtype
-        layer = cls(n_inputs, n_neurons, bias is not None, "meta", dtype)
+        kind = Dense if issubclass(cls, LazyDense) else cls  # the arrays say how many inputs
+        layer = kind(n_inputs, n_neurons, bias is not None, "meta", dtype)
         layer.to_empty(device=torch.empty(0, device=device).device)
         with torch.no_grad():
             layer.weight.copy_(weight.T)
@@ -271,11 +272,6 @@ class LazyDense(nn.LazyLinear, Dense):
             self.in_features = self.weight.shape[1]
         super().initialize_parameters(input)
         vars(self).pop("_generator", None)
-
-    @classmethod
-    def from_numpy(cls, *args: Any, **kwargs: Any) -> Dense:
-        """See `Dense.from_numpy`; the arrays say how many inputs there are, so nothing is lazy."""
-        return Dense.from_numpy(*args, **kwargs)
 
 
 class ReLU(nn.ReLU):
