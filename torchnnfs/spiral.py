@@ -72,8 +72,6 @@ def spiral(
     angle = torch.randn(classes, samples, generator=generator, device=device, dtype=precise)
     arm = torch.arange(classes, device=device, dtype=precise)[:, None]
     angle.mul_(0.2).add_(radius, alpha=4).add_(arm, alpha=4).mul_(2.5)
-    points = torch.empty(classes, samples, 2, device=device, dtype=dtype)
-    points[..., 0] = radius * angle.sin()
-    points[..., 1] = radius * angle.cos()
+    points = torch.stack([radius * angle.sin(), radius * angle.cos()], dim=-1)
     target = torch.arange(classes, device=device).repeat_interleave(samples)
-    return points.reshape(-1, 2), target
+    return points.reshape(-1, 2).to(dtype), target

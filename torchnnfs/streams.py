@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,9 +57,9 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
         before = [getattr(*place) for place in _PATCHED]
         state = np.random.get_state(legacy=False)
         try:
-            changed = _changed(generator)
+            changed, here = _changed(generator), threading.get_ident()
             for (module, name), function, old in zip(_PATCHED, changed, before, strict=True):
-                setattr(module, name, _here(function, old))
+                setattr(module, name, partial(_in_thread, here, function, old))
             yield
         finally:
             for (module, name), function in zip(_PATCHED, before, strict=True):
@@ -79,12 +80,6 @@ def _changed(generator: np.random.RandomState | None) -> list[Callable[..., Any]
     return [numpy.dot, numpy.zeros, numpy.eye, random.randn]
 
 
-def _here(function: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` in the thread that calls this, and `elsewhere` in the others."""
-    thread = threading.get_ident()
-
-    def chosen(*args: Any, **keywords: Any) -> Any:
-        here = threading.get_ident() == thread
-        return (function if here else elsewhere)(*args, **keywords)
-
-    return chosen
+def _in_thread(thread: int, there: Any, elsewhere: Any, /, *args: Any, **keywords: Any) -> Any:
+    """What `there` gives in this thread, and `elsewhere` in the others."""
+    return (there if threading.get_ident() == thread else elsewhere)(*args, **keywords)

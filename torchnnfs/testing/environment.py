@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 
-import numpy as np
 import torch
 
 #: The newest versions that the tests have run with; constraints.txt has them in full.
@@ -19,19 +18,12 @@ version = cache(metadata.version)
 def describe(devices: Iterable[str]) -> dict[str, str]:
     """Versions, the names of `devices`, and how torch multiplies matrices."""
     return {
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "nnfs": version("nnfs"),
+        **{name: version(name) for name in TESTED},
         "python": platform.python_version(),
         **{f"device {name}": device_name(torch.device(name)) for name in dict.fromkeys(devices)},
         "float32 matmul precision": matmul_precision(),
         "TF32": "on" if tf32_is_on() else "off",
     }
-
-
-def major_and_minor(text: str) -> tuple[int, ...]:
-    """(2, 13) of "2.13.0+cpu"."""
-    return tuple(int(number) for number in text.split(".")[:2])
 
 
 def device_name(device: torch.device) -> str:
@@ -55,11 +47,11 @@ def matmul_precision() -> str:
 
 def precision_notes(rows: Iterable[tuple[str, str, bool]]) -> list[str]:
     """What versions and torch's settings explain of rows of (device, dtype, ok), by name."""
-    notes = [
-        f"{name} {version(name)} is newer than the tests have run with: {tested}."
-        for name, tested in TESTED.items()
-        if major_and_minor(version(name)) > major_and_minor(tested)
-    ]
+    notes = []
+    for name, tested in TESTED.items():
+        here, newest = (list(map(int, each.split(".")[:2])) for each in (version(name), tested))
+        if here > newest:
+            notes.append(f"{name} {version(name)} is newer than the tests have run with: {tested}.")
     rows, beyond = list(rows), "which the bounds do not allow"
     wrong = {device.split(":")[0] for device, dtype, ok in rows if dtype == "float32" and not ok}
     if "cuda" in wrong and tf32_is_on():
@@ -77,10 +69,8 @@ def precision_notes(rows: Iterable[tuple[str, str, bool]]) -> list[str]:
         flag = f"allow_{short}_reduced_precision_reduction"
         on_gpu = any(device.startswith("cuda") and each == dtype for device, each, _ in rows)
         if on_gpu and getattr(torch.backends.cuda.matmul, flag):
-            notes.append(
-                f"torch.backends.cuda.matmul.{flag} is on: partial sums may be rounded to {dtype}, "
-                f"{beyond}."
-            )
+            on = f"torch.backends.cuda.matmul.{flag} is on"
+            notes.append(f"{on}: partial sums may be rounded to {dtype}, {beyond}.")
     return notes
 
 

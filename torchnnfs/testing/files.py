@@ -8,11 +8,7 @@ from pathlib import Path
 
 
 def check_writable(option: str, name: str) -> None:
-    """Find out before the work whether a file can be written after it.
-
-    Raises:
-        ValueError: it cannot, and why.
-    """
+    """A ValueError before the work, where a file could not be written after it."""
     path, what = Path(os.path.realpath(name)), f"{option} {name!r}"
     try:
         if not name or path.is_dir():
@@ -29,10 +25,7 @@ def check_writable(option: str, name: str) -> None:
 def write_whole(name: str, content: bytes) -> None:
     """Write a file whole or not at all; its mode stays, and a link goes on to its target.
 
-    What is no regular file (a pipe) is written to.
-
-    Raises:
-        ValueError: it cannot be written, and why.
+    What is no regular file (a pipe) is written to. A ValueError says why a file cannot be written.
     """
     try:
         path = Path(os.path.realpath(name))

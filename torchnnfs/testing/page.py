@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchnnfs import book
 from torchnnfs.modules import classifier
@@ -44,10 +44,8 @@ def compute(device: torch.device) -> dict[str, Steps]:
     stream = np.random.RandomState(0)
     points, _ = spiral(100, 3, generator=stream, device=device)
     model = classifier(2, 3, 3, generator=stream, device=device)
-    dialect = book.from_torch(model)
-    assert isinstance(dialect, nn.Sequential)
-    layers = [each for each in dialect if isinstance(each, book.Layer_Dense)]
-    first, second = (partial(dense, weight=each.weights.T, bias=each.biases) for each in layers)
+    dialect: Any = book.from_torch(model)
+    first, second = (partial(dense, weight=e.weights.T, bias=e.biases) for e in dialect[::2])
     plain, array = [first, relu, second, softmax], points.cpu().numpy()
     with torch.no_grad():
         return {
@@ -81,22 +79,17 @@ def show(computed: dict[str, Steps], console: Console) -> bool:
         console.print()
     (title, ours), *rivals = computed.items()
     right = texts[title] == PAGE
-    if len(set(texts.values())) > 1 or not right:
+    if set(texts.values()) != {PAGE}:
         console.print("^ marks a digit that is not the book's.", soft_wrap=True)
     words = "prints what the book prints, digit for digit" if right else "prints other digits"
     console.print(f"{title} {words}.", soft_wrap=True)
     for rival, steps in rivals:
-        console.print(_compared(rival, steps, ours), soft_wrap=True)
+        said = f"no bit differs in all {len(ours['softmax'])} rows"
+        for step, values in steps.items():
+            if differ := np.count_nonzero(values != ours[step]):
+                why = _REASONS.get(step, "of a difference in arithmetic")
+                where = f"{differ} of the {values.size} numbers in all {len(values)} rows"
+                said = f"{where} differ after {step}, because {why}"
+                break
+        console.print(f"{rival}: {said}.", soft_wrap=True)
     return right
-
-
-def _compared(title: str, steps: Steps, right: Steps) -> str:
-    """Where the bits first differ, and why."""
-    for step, values in steps.items():
-        if differ := np.count_nonzero(values != right[step]):
-            why = _REASONS.get(step, "of a difference in arithmetic")
-            return (
-                f"{title}: {differ} of the {values.size} numbers in all {len(values)} rows differ "
-                f"after {step}, because {why}."
-            )
-    return f"{title}: no bit differs in all {len(right['softmax'])} rows."

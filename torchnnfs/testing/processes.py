@@ -47,11 +47,7 @@ class Processes:
             self._lost = stopped(self.size, error)
 
     def check(self) -> None:
-        """Go on only while all others do.
-
-        Raises:
-            RuntimeError: one of them has failed or stopped.
-        """
+        """Go on only while all others do; a RuntimeError where one has failed or stopped."""
         if self._lost or self._least == _FAILED:
             raise RuntimeError(self._lost or _ELSEWHERE)
 
