@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -187,16 +188,8 @@ def softmax(owner: str, x: Tensor) -> Tensor:
     return probabilities
 
 
-def with_graph(values: NDArray[np.float32], *tensors: Tensor | None) -> Tensor:
-    """`values` as a tensor with the derivative of softmax(x), or of linear(x, weight, bias)."""
-    # Past Function's own `apply`, which looks for transformations: `_on_host` has done that.
-    function: Any = super(torch.autograd.Function, _Exact)
-    result: Tensor = function.apply(values, *tensors)
-    return result
-
-
 class _Exact(torch.autograd.Function):
-    """Values that NumPy computed, with the derivative of a formula in float64."""
+    """Values that NumPy computed, with the derivative of softmax(x) or linear(x, weight, bias)."""
 
     @staticmethod
     def forward(ctx: Any, values: NDArray[Any], *tensors: Tensor | None) -> Tensor:
@@ -211,6 +204,10 @@ class _Exact(torch.autograd.Function):
         formula = F.linear if len(tensors) > 1 else functools.partial(torch.softmax, dim=-1)
         gradients = vjp(formula, tensors, grad.double(), create_graph=again)[1]
         return None, *gradients, *([None] * (len(ctx.saved_tensors) - len(tensors)))
+
+
+# Past Function's own `apply`, which looks for transformations: `_on_host` has done that.
+with_graph: Callable[..., Tensor] = super(torch.autograd.Function, _Exact).apply
 
 
 def is_quick(values: Any, *tensors: Any) -> TypeGuard[NDArray[np.float32]]:

@@ -43,11 +43,8 @@ from torchnnfs.checks import check_numbers, check_real
 from torchnnfs.classes import Kinds, with_classes
 from torchnnfs.kept import Inputs, Keeps
 from torchnnfs.modules import Dense, ReLU, Softmax
-from torchnnfs.streams import Generator
 
-_REGULARIZERS = [
-    f"{what}_regularizer_{norm}" for what in ("weight", "bias") for norm in ("l1", "l2")
-]
+_STRENGTHS = [f"{what}_regularizer_{norm}" for what in ("weight", "bias") for norm in ("l1", "l2")]
 
 
 class Layer_Dense(Keeps, Dense):  # noqa: N801
@@ -95,6 +92,7 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
     """
 
     weight_regularizer_l1 = weight_regularizer_l2 = bias_regularizer_l1 = bias_regularizer_l2 = 0.0
+    _stream = np.random
 
     def __init__(
         self,
@@ -111,13 +109,8 @@ class Layer_Dense(Keeps, Dense):  # noqa: N801
         given = dict(locals())
         self._scale = check_real("Layer_Dense", "scale", scale)
         super().__init__(n_inputs, n_neurons, device=device, dtype=torch.float32)
-        for name in _REGULARIZERS:
+        for name in _STRENGTHS:
             setattr(self, name, check_real("Layer_Dense", name, given[name]))
-
-    def reset_parameters(self, generator: Generator = None) -> None:
-        """Draw the weights again, from `generator` or, when None, from NumPy's global stream."""
-        stream: Any = np.random if generator is None else generator
-        super().reset_parameters(stream)
 
     @property
     def weights(self) -> NDArray[np.float32]:  # noqa: D102
@@ -414,7 +407,7 @@ def from_numpy(layer: Any, *, device: torch.device | str | int | None = None) ->
     weights, biases, activation = parts
     dense = Dense.from_numpy(weights, biases, device=device, dtype=torch.float32)
     model = from_torch(dense)
-    for name in _REGULARIZERS:
+    for name in _STRENGTHS:
         setattr(model, name, getattr(layer, name, 0.0))
     if activation is not None:
         model = nn.Sequential(model, from_numpy(activation))

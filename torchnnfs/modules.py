@@ -115,6 +115,7 @@ class Dense(nn.Linear):
     """
 
     _scale = 0.01
+    _stream: Any = None  # where the weight is drawn from when no generator is given
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class Dense(nn.Linear):
 
         On the meta device nothing is drawn: after ``to_empty`` call this to initialise.
         """
-        generator = vars(self).pop("_generator", None) or generator
+        generator = vars(self).pop("_generator", None) or generator or self._stream
         weight: Any = self.weight
         check_generator("Dense", generator, weight.device)
         if weight.is_meta:
