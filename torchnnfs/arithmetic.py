@@ -52,12 +52,7 @@ _TAYLOR = [1 / math.factorial(k) for k in range(14)]
 
 @np.errstate(all="ignore")
 def dot(x: NDArray[Any], w: NDArray[Any], bias: Any = 0.0) -> NDArray[np.float32]:
-    """``in_order(x, w)`` in float32, for two matrices, plus the bias.
-
-    Example:
-        >>> dot(np.array([[1, 2**-24, 2**-53, 2**-53]]), np.ones((4, 1)))
-        array([[1.]], dtype=float32)
-    """
+    """``in_order(x, w)`` in float32, for two matrices, plus the bias."""
     if len(w) <= 2 and x.dtype == w.dtype == np.float32:
         result: NDArray[np.float32] = np.matmul(x, w, dtype=np.float64).astype(np.float32)
     else:
@@ -83,12 +78,7 @@ def in_order(x: Any, w: Any) -> Any:
 
 @np.errstate(all="ignore")
 def softmax_on_host(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Softmax along the last dimension, which is not empty.
-
-    Example:
-        >>> softmax_on_host(np.float32([1, 2, 3]))
-        array([0.09003057, 0.24472848, 0.66524094], dtype=float32)
-    """
+    """Softmax along the last dimension, which is not empty."""
     # NumPy's own reduction is slow along a short row, and a maximum has no rounding.
     columns = (x[..., i] for i in range(x.shape[-1]))
     top = functools.reduce(np.maximum, columns) if x.shape[-1] <= 8 else x.max(-1)
@@ -181,8 +171,7 @@ def softmax(owner: str, x: Tensor) -> Tensor:
     if x.shape[-1] == 0:
         return x.clone()
     if x.dtype == torch.float32 and _on_host(x):
-        values = softmax_on_host(x.detach().numpy())
-        return with_graph(values, x)
+        return with_graph(softmax_on_host(x.detach().numpy()), x)
     powers = exp(_double(owner, x - x.amax(-1, keepdim=True).detach())).to(x.dtype)
     probabilities: Tensor = powers / row_sum(powers).unsqueeze(-1)
     return probabilities

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -54,30 +54,22 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
             f"{type(generator).__name__}"
         )
     with _LOCK:
-        before = [getattr(*place) for place in _PATCHED]
-        state = np.random.get_state(legacy=False)
+        before, state = [getattr(*place) for place in _PATCHED], np.random.get_state(legacy=False)
+        random = SimpleNamespace(randn=(generator or np.random).randn, seed=np.random.seed)
+        numpy = SimpleNamespace(dot=np.dot, zeros=np.zeros, eye=np.eye, random=random)
         try:
-            changed, here = _changed(generator), threading.get_ident()
+            nnfs.core.np = numpy  # a stand-in, so that no other thread sees what nnfs.init() does
+            nnfs.init(random_seed=0 if generator is None else None)
+            nnfs.core.np = np
+            changed, here = (numpy.dot, numpy.zeros, numpy.eye, random.randn), threading.get_ident()
             for (module, name), function, old in zip(_PATCHED, changed, before, strict=True):
                 setattr(module, name, partial(_in_thread, here, function, old))
             yield
         finally:
+            nnfs.core.np = np
             for (module, name), function in zip(_PATCHED, before, strict=True):
                 setattr(module, name, function)
             np.random.set_state(state)
-
-
-def _changed(generator: np.random.RandomState | None) -> list[Callable[..., Any]]:
-    """What `nnfs.init()` makes of the four functions, in a stand-in for NumPy."""
-    randn = np.random.randn if generator is None else generator.randn
-    random = SimpleNamespace(randn=randn, seed=np.random.seed)
-    numpy = SimpleNamespace(dot=np.dot, zeros=np.zeros, eye=np.eye, random=random)
-    nnfs.core.np = numpy
-    try:
-        nnfs.init(random_seed=0 if generator is None else None)
-    finally:
-        nnfs.core.np = np
-    return [numpy.dot, numpy.zeros, numpy.eye, random.randn]
 
 
 def _in_thread(thread: int, there: Any, elsewhere: Any, /, *args: Any, **keywords: Any) -> Any:

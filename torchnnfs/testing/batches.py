@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from torch import Tensor
 
-from torchnnfs.testing.judge import rows_in
 from torchnnfs.testing.models import convert, leaves
 from torchnnfs.testing.processes import Processes
 
@@ -26,10 +25,9 @@ def in_batches(input: Any, group: Processes, done: Callable[[int, int], object])
     It stays whole where its arrays have other lengths: then they have no common rows. `done` is
     called with the numbers of rows that are behind, and of all.
     """
-    lengths = {len(each) if each.ndim else 1 for each in leaves(input).values()}
-    rows = rows_in(input)
+    rows, *others = {len(each) if each.ndim else 1 for each in leaves(input).values()} or {1}
     size = min(ROWS, -(-rows // group.size))
-    if len(lengths) > 1 or size >= rows:
+    if others or size >= rows:
         return input
 
     def batches() -> Iterator[Any]:
