@@ -344,11 +344,6 @@ def _report(
         raise failures[0]
 
 
-#: What a machine or a library says of the input, and beside it what our own checks do.
-_KNOWN = MemoryError, OSError, RuntimeError
-_SAID = (*_KNOWN, TypeError, ValueError)
-
-
 def _run(argv: Sequence[str] | None, group: Processes) -> tuple[int, str]:
     """The exit status, and a line where something went wrong."""
     arguments = None
@@ -373,7 +368,9 @@ def _run(argv: Sequence[str] | None, group: Processes) -> tuple[int, str]:
             return 128 + signal.SIGPIPE, ""
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         ours = str(frame.f_globals.get("__package__")).startswith("torchnnfs")
-        if isinstance(error, _SAID if ours else _KNOWN):
+        # What a machine or a library says of the input, and what our own checks say.
+        known = isinstance(error, MemoryError | OSError | RuntimeError)
+        if known or (ours and isinstance(error, TypeError | ValueError)):
             return USAGE, str(error)
         advice = "an error in the model's code, or one of ours to report; --debug shows where"
         return FAULT, f"{type(error).__name__}: {error} ({advice})"

@@ -4,10 +4,9 @@ The arithmetic is that of the book's page, which `nnfs.init()` and a correctly r
 
 1. A dot product is accumulated in float64 from the first input to the last and rounded to float32
    once; the biases are added in float32.
-2. ReLU works in the dtype of its input.
-3. Softmax subtracts the row's maximum, takes `exp` in float64, rounds it, sums and divides, all in
-   the dtype of its input (float32 behind a layer; float64 for lists of numbers, as in NumPy).
-4. `backward` has the same dot products; its sums run in NumPy's order.
+2. Softmax subtracts the row's maximum, takes `exp` in float64, rounds it, sums and divides, all in
+   the dtype of its input, as ReLU does (float64 for lists of numbers, as in NumPy).
+3. `backward` has the same dot products; its sums run in NumPy's order.
 
 `torchnnfs.arithmetic` says why the bits depend neither on the device nor on the number of threads,
 the batch or the version of NumPy. They hold in eager mode: a compiler may contract a product and a
@@ -200,9 +199,6 @@ class Activation_ReLU(Keeps, ReLU):  # noqa: N801
 
     Source: NNFS chapters 4 and 9, class ``Activation_ReLU``.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
 
     def forward(self, inputs: Inputs, training: bool | None = None) -> Tensor:  # noqa: D102
         if is_quick(inputs):
