@@ -130,12 +130,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _devices(name: str) -> list[torch.device]:
-    here = devices_here()
-    named = here if name == "auto" else [each for each in here if name in (str(each), each.type)]
+    here, wanted = devices_here(), (name, f"{name}:0")
+    named = [each for each in here if name == "auto" or f"{each.type}:{each.index or 0}" in wanted]
     if not named:
         names = ", ".join(map(str, here))
         raise ValueError(f"--device {name!r} is not on this machine; here are {names}")
-    return here if name == "auto" else named[:1]
+    return named
 
 
 def _spiral(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
@@ -225,11 +225,10 @@ def _candidates(
     """The candidates, and what was left out and why."""
     dtypes = [DTYPES.get(name) for name in dict.fromkeys(arguments.dtype or [""])]
     every = "all" in arguments.candidates
-    chosen: list[Candidate] = []
-    skipped: list[str] = []
+    chosen, skipped = [], []
     for name in KINDS if every else dict.fromkeys(arguments.candidates):
         try:
-            chosen += choose([name], devices, dtypes)
+            chosen.extend(choose([name], devices, dtypes))
         except (MissingExtraError, ValueError) as error:
             if not every:
                 raise
