@@ -50,11 +50,8 @@ def check_numbers(owner: str, values: Any) -> torch.Tensor:
 
 
 def check_generator(owner: str, generator: Any, device: torch.device) -> None:
-    """A TypeError for another kind of generator, a ValueError for one of another device.
-
-    `numpy.random` itself stands for NumPy's global stream, for the book's layers.
-    """
-    if generator is None or generator is np.random or isinstance(generator, np.random.RandomState):
+    """A TypeError for another kind of generator, a ValueError for one of another device."""
+    if generator is None or isinstance(generator, np.random.RandomState):
         return
     if not isinstance(generator, torch.Generator):
         kind = type(generator)

@@ -138,16 +138,16 @@ class Dense(nn.Linear):
 
         On the meta device nothing is drawn: after ``to_empty`` call this to initialise.
         """
-        generator = vars(self).pop("_generator", None) or generator or self._stream
-        weight: Any = self.weight
+        generator, weight = vars(self).pop("_generator", generator), cast(Any, self.weight)
         check_generator("Dense", generator, weight.device)
         if weight.is_meta:
             return
-        if generator is None or isinstance(generator, torch.Generator):
-            init.normal_(weight, std=self._scale, generator=generator)
+        stream = self._stream if generator is None else generator
+        if stream is None or isinstance(stream, torch.Generator):
+            init.normal_(weight, std=self._scale, generator=stream)
         else:
             # As nnfs.init() does it: the other order of rounding and scaling gives other last bits.
-            drawn = generator.randn(self.in_features, self.out_features).astype(np.float32)
+            drawn = stream.randn(self.in_features, self.out_features).astype(np.float32)
             values = torch.from_numpy((self._scale * drawn).T)
             if hasattr(weight, "device_mesh"):  # a DTensor takes no plain tensor, but its own part
                 from torch.distributed.tensor import distribute_tensor
