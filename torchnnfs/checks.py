@@ -57,9 +57,8 @@ def check_generator(owner: str, generator: Any, device: torch.device) -> None:
         kind = type(generator)
         raise TypeError(
             f"{owner} expects generator to be a torch.Generator, a numpy.random.RandomState or "
-            f"None, got {kind.__module__}.{kind.__qualname__}; make one with "
-            "torch.Generator().manual_seed(0) or, for the book's stream, "
-            "numpy.random.RandomState(0)"
+            f"None, got {kind.__module__}.{kind.__qualname__}; make one with torch.Generator()"
+            ".manual_seed(0) or, for the book's stream, numpy.random.RandomState(0)"
         )
     if generator.device.type != device.type and device.type != "meta":
         raise ValueError(

@@ -50,8 +50,8 @@ def read(layer: Any) -> tuple[str, list[Any]]:
         parts.append(held.pop(next((name for name in spellings if name in held), ""), None))
     if kind == "dropout" and not (isinstance(parts[0], float | int) and 0 < parts[0] <= 1):
         raise TypeError(
-            f"book.from_numpy expects {owner}.rate to be the share of the inputs that stays, "
-            f"above 0 and up to 1, as the book keeps it, got {parts[0]!r}"
+            f"book.from_numpy expects {owner}.rate to be the share of the inputs that stays, above "
+            f"0 and up to 1, got {parts[0]!r}"
         )
     if kind == "dense" and parts[2] is not None:
         activation, known = kind_of(parts[2]), [name for name in _KINDS if name != "dense"]
