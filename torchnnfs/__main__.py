@@ -297,13 +297,13 @@ def _compare(arguments: argparse.Namespace, group: Processes) -> int:
             raise ValueError(f"--{option} is for {fit}")
     devices = _devices(arguments.device)
     files = {} if group.rank else _files(arguments)
-    with shown() as (say, done):
-        say("making the model and its input")
+    with shown() as update:
+        update(description="making the model and its input")
         task, facts = _own(arguments) if own else _spiral(arguments)
         candidates, skipped = _candidates(arguments, devices)
         whole = task["input"]
         if arguments.golden is None and arguments.save_golden is None:  # these are of the whole
-            task["input"] = in_batches(whole, group, done)
+            task["input"] = in_batches(whole, group, update)
         shared = task["input"] is not whole
         if group.rank and not shared:
             return AGREES  # the first process judges it; all end as it does
@@ -313,7 +313,7 @@ def _compare(arguments: argparse.Namespace, group: Processes) -> int:
             golden_file=arguments.golden,
             backward=arguments.backward,
             controls=not arguments.no_controls,
-            progress=lambda step: say(plain(step)),
+            progress=lambda step: update(description=plain(step)),
             group=group.group if shared else None,
         )
     if not group.rank:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -19,11 +20,11 @@ from torchnnfs.testing.processes import Processes
 ROWS = 30_000
 
 
-def in_batches(input: Any, group: Processes, done: Callable[[int, int], object]) -> Any:
+def in_batches(input: Any, group: Processes, update: Callable[..., object]) -> Any:
     """The input in batches, where it is long or several processes share it.
 
-    It stays whole where its arrays have other lengths: then they have no common rows. `done` is
-    called with the numbers of rows that are behind, and of all.
+    It stays whole where its arrays have other lengths: then they have no common rows. `update` is
+    what `shown` gives.
     """
     rows, *others = {len(each) if each.ndim else 1 for each in leaves(input).values()} or {1}
     size = min(ROWS, -(-rows // group.size))
@@ -33,7 +34,7 @@ def in_batches(input: Any, group: Processes, done: Callable[[int, int], object])
     def batches() -> Iterator[Any]:
         for start in range(0, rows, size):
             yield convert(input, Tensor, itemgetter(slice(start, start + size)))
-            done(min(start + size, rows), rows)
+            update(completed=min(start + size, rows), total=rows)
             group.check()
         group.meet()  # behind it, what processes do together may take a minute and no more
 
@@ -47,17 +48,13 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def shown() -> Iterator[tuple[Callable[[str], object], Callable[[int, int], object]]]:
+def shown() -> Iterator[Callable[..., object]]:
     """A line on a terminal with the step, the rows, their rate and the time left.
 
-    Gives two functions: of the words for a step, and of the rows that are behind and of all rows.
+    Gives a function of the step's `description`, or of the rows `completed` and in `total`.
     """
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn()
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=None)
-        yield (
-            lambda words: bar.update(task, description=words),
-            lambda rows, total: bar.update(task, completed=rows, total=total),
-        )
+        yield partial(bar.update, bar.add_task("", total=None))
