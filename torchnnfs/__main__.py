@@ -138,9 +138,8 @@ def _devices(name: str) -> list[torch.device]:
     return named
 
 
-def _spiral(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+def _spiral(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The arguments of `compare` for the book's network on its data, and what to say of them."""
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
     samples, classes, hidden, seed = map({**_BOOK, **given}.__getitem__, _BOOK)
     widths = 2, *hidden, classes
     network = f"{' -> '.join(map(str, widths))}: Dense, ReLU, ..., Dense, Softmax"
@@ -162,10 +161,10 @@ def _spiral(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, st
     return {"model": model, "input": points, "target": target}, facts
 
 
-def _own(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-    """A model of the user's, from a module that Python can import here."""
-    name, reference = arguments.model, arguments.reference
-    if arguments.input is None:
+def _own(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The same for a model of the user's, from a module that Python can import here."""
+    name, input = given["model"], given.get("input")
+    if input is None:
         raise ValueError(f"{name} needs its input: --input FILE.npy")
     model = _named(name)
     if not isinstance(model, nn.Module) and callable(model):
@@ -173,15 +172,15 @@ def _own(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]
     if not isinstance(model, nn.Module):
         got = type(model).__name__
         raise ValueError(f"{name} is expected to be a torch.nn.Module or to make one, got {got}")
-    task = {"model": model, "input": _loaded("input", arguments.input)}
+    task = {"model": model, "input": _loaded("input", input)}
     shapes = [f"{tuple(each.shape)} {each.dtype}" for each in leaves(task["input"]).values()]
-    facts = {"model": name, "input": f"{arguments.input}: {', '.join(shapes)}"}
-    if arguments.target is not None:
-        task["target"] = _loaded("target", arguments.target)
-    if reference is not None:
+    facts = {"model": name, "input": f"{input}: {', '.join(shapes)}"}
+    if "target" in given:
+        task["target"] = _loaded("target", given["target"])
+    if "reference" in given:
+        facts["reference"] = reference = given["reference"]
         array = reference.endswith(".npy")
         task["reference"] = _loaded("reference", reference) if array else _named(reference)
-        facts["reference"] = reference
     return task, facts
 
 
@@ -265,9 +264,8 @@ def _show(facts: dict[str, str], comparison: Comparison, skipped: Sequence[str])
     show(comparison, console)
 
 
-def _files(arguments: argparse.Namespace) -> dict[str, str]:
+def _files(given: dict[str, Any]) -> dict[str, str]:
     """The file that each option writes. Nothing is written twice, and nothing that is read."""
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
     read = [name for name in ("golden", *_OWN) if name in given]
     places = {os.path.realpath(given[name]): f"--{name}" for name in read}
     places[os.path.realpath("-")] = "standard output"
@@ -289,17 +287,18 @@ def _files(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _compare(arguments: argparse.Namespace, group: Processes) -> int:
-    own = arguments.model is not None
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    own = "model" in given
     for option in _BOOK if own else _OWN:
-        if getattr(arguments, option) is not None:
+        if option in given:
             fit = f"the book's network; {arguments.model} is another"
             fit = fit if own else "a model of your own: name it, as mymodule:model"
             raise ValueError(f"--{option} is for {fit}")
     devices = _devices(arguments.device)
-    files = {} if group.rank else _files(arguments)
+    files = {} if group.rank else _files(given)
     with shown() as update:
         update(description="making the model and its input")
-        task, facts = _own(arguments) if own else _spiral(arguments)
+        task, facts = _own(given) if own else _spiral(given)
         candidates, skipped = _candidates(arguments, devices)
         whole = task["input"]
         if arguments.golden is None and arguments.save_golden is None:  # these are of the whole
