@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from torchnnfs._signals import WORDS, Stopped, handle, stop
+from torchnnfs._signals import WORDS, handle, stop
 from torchnnfs.modules import classifier
 from torchnnfs.spiral import spiral
 from torchnnfs.testing import html, page, plot
@@ -387,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except (RuntimeError, ValueError) as error:  # the processes do not come together
         status, message = USAGE, str(error)
-    except (KeyboardInterrupt, Stopped) as error:
+    except KeyboardInterrupt as error:
         number = signal.Signals(*error.args or [signal.SIGINT])
         status, message = 128 + number, WORDS[number]
     finally:

@@ -12,10 +12,6 @@ from typing import Any, NoReturn
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
-class Stopped(BaseException):
-    """A signal came; its number is the argument."""
-
-
 def leave(number: int, frame: FrameType | None) -> NoReturn:
     """Leave at once, for code that is being imported could swallow an exception."""
     os.write(2, f"torchnnfs: {WORDS[signal.Signals(number)]}\n".encode())
@@ -24,7 +20,7 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
 
 def stop(number: int, frame: FrameType | None) -> NoReturn:
     """Unwind, so that files that are being written are removed."""
-    raise Stopped(number)
+    raise KeyboardInterrupt(number)
 
 
 def handle(handler: Callable[[int, FrameType | None], NoReturn]) -> dict[signal.Signals, Any]:
