@@ -236,22 +236,20 @@ def _candidates(
 
 
 class _Console(Console):
+    def __init__(self) -> None:  # a file or a pipe has no width of its own
+        super().__init__(highlight=False, width=None if sys.stdout.isatty() else 120)
+
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # rich would exit with the status of a disagreement
 
 
-def _console() -> Console:
-    # A file or a pipe has no width of its own.
-    return _Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
 def _page(arguments: argparse.Namespace, group: Processes) -> int:
-    agrees = page.show(page.compute(_devices(arguments.device)[0]), _console())
+    agrees = page.show(page.compute(_devices(arguments.device)[0]), _Console())
     return AGREES if agrees else DISAGREES
 
 
 def _show(facts: dict[str, str], comparison: Comparison, skipped: Sequence[str]) -> None:
-    console = _console()
+    console = _Console()
     for name, fact in {**facts, **comparison.environment}.items():
         console.print(f"{name + ':':<26}{plain(fact)}", markup=False)
     first, few = comparison.rows[0], comparison.output[:5]
