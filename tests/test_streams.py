@@ -16,6 +16,7 @@ def test_book_numpy_is_nnfs_init_and_is_undone():
     with book_numpy():
         assert not set(patched()) & set(before)
         assert np.zeros(2).dtype == np.eye(2).dtype == np.float32
+        assert all(hasattr(each, "__name__") for each in patched())  # numpy.ma wants it
         inside = np.random.randn(3)
         assert inside.dtype == np.float32
         a = np.array([[1e8, 1.0, -1e8]], dtype=np.float32)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,9 +60,9 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
             nnfs.core.np = numpy  # a stand-in, so that no other thread sees what nnfs.init() does
             nnfs.init(random_seed=0 if generator is None else None)
             nnfs.core.np = np
-            changed, here = (numpy.dot, numpy.zeros, numpy.eye, random.randn), threading.get_ident()
+            changed = numpy.dot, numpy.zeros, numpy.eye, random.randn
             for (module, name), function, old in zip(_PATCHED, changed, before, strict=True):
-                setattr(module, name, partial(_in_thread, here, function, old))
+                setattr(module, name, _here(function, old))
             yield
         finally:
             nnfs.core.np = np
@@ -72,6 +71,12 @@ def book_numpy(generator: np.random.RandomState | None = None) -> Iterator[None]
             np.random.set_state(state)
 
 
-def _in_thread(thread: int, there: Any, elsewhere: Any, /, *args: Any, **keywords: Any) -> Any:
-    """What `there` gives in this thread, and `elsewhere` in the others."""
-    return (there if threading.get_ident() == thread else elsewhere)(*args, **keywords)
+def _here(function: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` in the thread that calls this, and `elsewhere` in the others."""
+    thread = threading.get_ident()
+
+    def chosen(*args: Any, **keywords: Any) -> Any:
+        here = threading.get_ident() == thread
+        return (function if here else elsewhere)(*args, **keywords)
+
+    return chosen
