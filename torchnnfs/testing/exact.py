@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.models import (
+    Place,
     arguments_of,
     borrowed,
     call,
@@ -32,7 +34,7 @@ from torchnnfs.testing.models import (
     walk,
 )
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
-from torchnnfs.testing.traces import hooked
+from torchnnfs.testing.traces import Call, watched
 
 #: What a row rests on. ROUNDING: a formula and a proven bound. ESTIMATED: a formula or somebody's
 #: reference, and an estimated bound. ITSELF: a float64 run of the same code, and an estimated
@@ -52,20 +54,12 @@ _ROWS = 1 << 12
 
 @dataclass
 class Expected:
-    """The exact result at one place, and how far a computed one may be from it.
+    """The exact result at one place, and how far a computed one may be from it."""
 
-    Attributes:
-        output: the result; tuples, lists and dictionaries of arrays as well.
-        bounds: for each array of the result, by its name there, elementwise; infinite where the
-            dtype may overflow.
-        basis: what they rest on: `ROUNDING`, `ESTIMATED` or `ITSELF`.
-        source: who gave the result, in words.
-    """
-
-    output: Any
-    bounds: dict[str, Array]
-    basis: str
-    source: str = "NumPy"
+    output: Any  # tuples, lists and dictionaries of arrays as well
+    bounds: dict[str, Array]  # of each of its arrays; infinite where the dtype may overflow
+    basis: str  # `ROUNDING`, `ESTIMATED` or `ITSELF`
+    source: str = "NumPy"  # who gave the result, in words
 
     @property
     def values(self) -> dict[str, Array]:
@@ -79,57 +73,51 @@ class Expected:
         return convert(self.output, np.ndarray, lambda _: next(bounds))
 
 
-class Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every operation computes in float64, also where the code asks for less."""
+class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every operation computes in float64, also where the code asks for less.
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        wanted = kwargs.get("dtype")
-        if isinstance(wanted, torch.dtype) and wanted.is_floating_point:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
-class Rounding(Double):
-    """Every operation rounds at random, as another arithmetic than float64 does.
-
-    Inputs and results of each operation are moved by a unit roundoff, up or down at random (Monte
-    Carlo arithmetic: D. S. Parker, 1997). Beyond the largest number of the dtype is infinity.
+    With a seed it rounds at random, as the arithmetic of a dtype may: what goes into an operation
+    and what comes out is moved by a unit roundoff, up or down (Monte Carlo arithmetic:
+    D. S. Parker, 1997). Beyond the largest number of the dtype is infinity.
     """
 
-    def __init__(self, precision: Precision, seed: int) -> None:
+    def __init__(self, precision: Precision, seed: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.precision = precision
-        self.random = torch.Generator().manual_seed(seed)
+        self.precision, self.exact = precision, seed is None
+        self.random = torch.Generator().manual_seed(seed or 0)
 
     def moved(self, tensor: Tensor, size: float) -> Tensor:
         """The tensor with relative errors of that size, up or down."""
+        if not tensor.is_floating_point():
+            return tensor
         signs = torch.randint(0, 2, tensor.shape, generator=self.random) * 2 - 1
         return tensor * (1 + size * signs.to(tensor.dtype))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        schema = func._schema
+        kwargs = dict(kwargs or {})
+        if getattr(kwargs.get("dtype"), "is_floating_point", False):
+            kwargs["dtype"] = torch.float64
+        schema, name = func._schema, func.overloadpacket.__name__
         writes = any(each.alias_info and each.alias_info.is_write for each in schema.arguments)
         views = not writes and any(each.alias_info for each in schema.returns)
-        name = func.overloadpacket.__name__
-        if views or name in _EXACT:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+        if self.exact or views or name in _EXACT:
+            return func(*args, **kwargs)
         if not writes:
-            args = _floats(args, lambda tensor: self.moved(tensor, self.precision.unit))
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+            args = convert(args, Tensor, lambda tensor: self.moved(tensor, self.precision.unit))
+        result = func(*args, **kwargs)
         # Sums of many equal terms round in one direction: allow for the root of their number.
         terms = _terms(args, result) if name in _SUMS else 1.0
-        if writes:
-            _floats(result, lambda tensor: tensor.copy_(self.stored(tensor, terms)))
-            return result
-        return _floats(result, lambda tensor: self.stored(tensor, terms))
+        if not writes:
+            return convert(result, Tensor, lambda tensor: self.stored(tensor, terms))
+        convert(result, Tensor, lambda tensor: tensor.copy_(self.stored(tensor, terms)))
+        return result
 
     def stored(self, tensor: Tensor, terms: float) -> Tensor:
         """What the dtype would keep of a result, a sum of that many terms."""
+        if not tensor.is_floating_point():
+            return tensor
         p = self.precision
         rounded = self.moved(tensor, (2 + math.sqrt(terms)) * p.unit + p.stored_unit)
         if p.stored_tiny:
@@ -155,15 +143,6 @@ def _terms(args: Any, result: Any) -> float:
     out = max(1, max((t.numel() for t in leaves(result).values()), default=1))
     sizes = sorted(sizes)[-2:]
     return max(1.0, math.sqrt(math.prod(sizes) / out) if len(sizes) > 1 else sum(sizes) / out)
-
-
-def _floats(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `change` of its floating-point tensors, lists and tuples as they were."""
-    if isinstance(value, Tensor):
-        return change(value) if value.is_floating_point() and value.numel() else value
-    if isinstance(value, list | tuple):
-        return type(value)([_floats(each, change) for each in value])
-    return value
 
 
 def estimate(run: Callable[[int | None], Any], precision: Precision) -> Expected:
@@ -219,17 +198,7 @@ def same_chance() -> Iterator[None]:
 
 
 class Exact:
-    """The exact chain of a model in one dtype.
-
-    Attributes:
-        model: the model.
-        dtype: what parameters and input are stored in.
-        precision: what that dtype rounds to.
-        places: the places of the model, by their paths.
-        arguments: of the formulas of the places that were called, by their paths.
-        steps: the paths of the chain's steps, in order.
-        failed: why a place's own float64 run is not to be had, by its path.
-    """
+    """The exact chain of a model in one dtype."""
 
     def __init__(self, model: nn.Module, input: Any, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
@@ -237,43 +206,38 @@ class Exact:
         places = walk(model)
         self.places = {place.path: place for place in places}
         self.steps = [place.path for place in places if place.step]
-        self.arguments: dict[str, dict[str, Any]] = {}
-        self.failed: dict[str, str] = {}
+        self.arguments: dict[str, dict[str, Any]] = {}  # of the places that are called
+        self.failed: dict[str, str] = {}  # why a place's own float64 run is not to be had
         self.input = convert(cast(input, "cpu", dtype), Tensor, to_numpy)
         self._wholes: dict[Precision, Expected | None] = {}
         self._chains: dict[Precision, list[Expected]] = {}
-        self._read()
+        if any(place.layer for place in places):
+            self._read(input)
 
-    def _read(self) -> None:
-        """Read the arguments of each layer that is called, while it is called.
+    def _read(self, input: Any) -> None:
+        """Read the arguments of each place while it is called.
 
         Parametrized and pruned layers make their weights then. A plain chain without hooks need
         not compute.
         """
-
-        def before(path: str, args: Any, kwargs: Any) -> None:
-            if path not in self.arguments:
-                self.arguments[path] = arguments_of(layers[path])
-
-        def reading(*args: Any, **kwargs: Any) -> tuple[()]:
-            for path in layers:
-                before(path, args, kwargs)
-            return ()
-
-        layers = {place.path: place.module for place in self.places.values() if place.layer}
-        if not layers:
-            return
         hooks = any(each._forward_pre_hooks for each in self.model.modules())
-        with (
-            torch.no_grad(),
-            same_chance(),
-            borrowed(self.model, "cpu", self.dtype) as compute,
-            hooked(layers, before, lambda path, module, output: None),
-        ):
-            if all(place.step for place in self.places.values()) and not hooks:
-                vars(self.model)["forward"] = reading  # the parameters are cast within a call alone
-            given = convert(self.input, np.ndarray, torch.from_numpy)
-            call(compute, cast(given, "cpu", self.dtype))
+        plain = all(place.step for place in self.places.values()) and not hooks
+
+        def read(place: Place, module: nn.Module, args: Any) -> None:
+            if place.path not in self.arguments:
+                self.arguments[place.path] = arguments_of(module)
+
+        def passed_on(*args: Any, **kwargs: Any) -> Any:
+            return (*args, *kwargs.values())[0]
+
+        compute = borrowed(self.model, "cpu", self.dtype)
+        with torch.no_grad(), same_chance(), compute as run, ExitStack() as handles:
+            for place in self.places.values():
+                hook = partial(read, place)
+                handles.enter_context(place.module.register_forward_pre_hook(hook))
+                if plain:
+                    vars(place.module)["forward"] = passed_on
+            call(run, cast(input, "cpu", self.dtype))
 
     def chain(self, precision: Precision | None = None) -> list[Expected]:
         """What comes out of each step, from the input on, the errors carried along."""
@@ -357,10 +321,13 @@ class Exact:
         With `inner`, what comes out of that module within it. With `parameters`, they are off by
         that relative error, and nothing rounds. None if it cannot run: `failed` says why at `path`.
         """
+        stored = state_of(module, "cpu", self.dtype)
+        watch = {} if inner is None else {"": inner}
 
         def run(seed: int | None) -> Any:
-            off, errors, shown = shaken(seed), iter(leaves(error).values()), []
-            state = state_of(module, "cpu", torch.float64, self.dtype)
+            off, errors = shaken(seed), iter(leaves(error).values())
+            calls: list[Call] = []
+            state = cast(stored, "cpu", torch.float64)
             for name, each in state.items():
                 if parameters and each.is_floating_point():
                     value = to_numpy(each)
@@ -371,16 +338,13 @@ class Exact:
             with (
                 torch.no_grad(),
                 same_chance(),
-                borrowed(module, "cpu", torch.float64, self.dtype, state) as compute,
-                hooked(
-                    {} if inner is None else {"": inner},
-                    lambda *_: None,
-                    lambda path, module, output: shown.append(output),
-                ),
-                Double() if seed is None or parameters else Rounding(precision, seed),  # type: ignore[no-untyped-call]
+                borrowed(module, "cpu", self.dtype, {}),  # what it keeps is stored in that, too
+                borrowed(module, "cpu", torch.float64, state) as compute,
+                watched(watch, calls),
+                Arithmetic(precision, None if parameters else seed),
             ):
                 output = compute(*args, **kwargs)
-            return convert(output if inner is None else shown[-1], Tensor, to_numpy)
+            return convert(output if inner is None else calls[-1].output, Tensor, to_numpy)
 
         try:
             expected = estimate(run, precision)

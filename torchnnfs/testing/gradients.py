@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +22,7 @@ from torchnnfs.testing.merge import Finding, Judged
 from torchnnfs.testing.models import borrowed, cast, split, state_of, to_numpy
 from torchnnfs.testing.precision import Array, Precision
 from torchnnfs.testing.problem import Problem
-from torchnnfs.testing.traces import hooked
-
-
-class _Call(NamedTuple):
-    path: str
-    module: nn.Module
-    input: Tensor
-    output: Tensor
+from torchnnfs.testing.traces import Call, watched
 
 
 def judge_gradients(
@@ -63,7 +56,7 @@ def judge_gradients(
 
 def _run(
     candidate: Candidate, model: nn.Module, input: Any, problem: Problem
-) -> tuple[Any, Any, dict[str, Tensor], list[_Call]]:
+) -> tuple[Any, Any, dict[str, Tensor], list[Call]]:
     """The first input, the output, the parameters and the calls of the layers, with history."""
     device, dtype = candidate.device, candidate.dtype
     assert dtype is not None
@@ -81,19 +74,13 @@ def _run(
     tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
     for each in tensors:
         each.requires_grad_(each.is_floating_point())
-    calls: list[_Call] = []
-    inputs: list[Tensor] = []
-
-    # Taken before the call: behind it hooks on the gradient of the layer would be passed already.
-    def enter(path: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        inputs.append(given[0] if given else next(iter(named.values())))
-
-    def leave(path: str, module: nn.Module, output: Tensor) -> None:
-        calls.append(_Call(path, module, inputs.pop(), output))
-
+    calls: list[Call] = []
     places = problem.model.places.items()
     known = {path: place.module for path, place in places if place.layer is not None}
-    with borrowed(model, device, dtype, state=state) as run, hooked(known, enter, leave):
+    with (
+        borrowed(model, device, dtype, state) as run,
+        watched(known, calls, lambda tensor: tensor),
+    ):
         for module in model.modules():
             if getattr(module, "inplace", False):
                 vars(module)["inplace"] = False  # else the layer's own input would be gone
@@ -131,28 +118,26 @@ def _gradients(
     is_chain = [call.path for call in calls] == steps
     totals: dict[str, tuple[str, str, tuple[Array, Array]]] = {}
     for index, call in enumerate(calls):
-        layer = problem.model.places[call.path].layer
-        assert layer is not None
+        place = problem.model.places[call.path]
         g = gradient(call.output)
         if is_chain:  # what the next layer, or the loss, passed on, and no other
             g = gradient(calls[index + 1].input if index + 1 < len(calls) else output)
-        if layer.backward is None:
+        if place.layer is None or place.layer.backward is None:
             continue
         arguments = problem.exact.arguments[problem.paired[call.path]]
         x, y = to_numpy(call.input), to_numpy(call.output)
-        kind = type(call.module).__name__
-        for name, pair in layer.backward(x, y, g, precision, **arguments).items():
+        for name, pair in place.layer.backward(x, y, g, precision, **arguments).items():
             if name == "input":
                 if call.input.requires_grad:
                     given = whole if is_chain and index == 0 else call.input
                     value = gradient(given) if is_chain else _own(call, g)
-                    yield call.path, f"{kind} dL/dx", value, pair
+                    yield call.path, f"{call.kind} dL/dx", value, pair
                 continue
             # A parametrized layer has no parameter of that name; a tied one has another's.
-            full = names.get(id(getattr(call.module, name)))
+            full = names.get(id(getattr(place.module, name)))
             if full is None:
                 continue
-            path, symbol = call.path, f"{kind} {_SYMBOLS[name]}"
+            path, symbol = call.path, f"{call.kind} {_SYMBOLS[name]}"
             if full in totals:  # a layer called again adds up, and rounds, once more
                 path, symbol, (before, allowed) = totals[full]
                 exact = before + pair[0]
@@ -166,7 +151,7 @@ def _gradients(
 _SYMBOLS = {"weight": "dL/dW", "bias": "dL/db"}
 
 
-def _own(call: _Call, g: Array) -> Array:
+def _own(call: Call, g: Array) -> Array:
     """The gradient that this layer alone passes on, where its input goes elsewhere as well."""
     reached = torch.from_numpy(g).to(call.output.device, call.output.dtype)
     (grad,) = torch.autograd.grad(call.output, call.input, reached, retain_graph=True)

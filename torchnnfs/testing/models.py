@@ -263,21 +263,12 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
     }
 
 
-def cast(
-    value: Any,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    stored: torch.dtype | None = None,
-) -> Any:
-    """Copies of all tensors in `value` on `device`, the floating-point ones in `dtype`.
-
-    With `stored`, their values are those that this dtype stores.
-    """
+def cast(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """Copies of all tensors in `value` on `device`, the floating-point ones in `dtype`."""
 
     def moved(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.to(device, copy=True)
-        return tensor.detach().to(stored or dtype).to(device, dtype, copy=True)
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(kept).to(device, copy=True)
 
     return convert(value, Tensor, moved)
 
@@ -304,16 +295,10 @@ def own_dtype(model: nn.Module, input: Any) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
-def state_of(
-    model: nn.Module,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    stored: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Copies of the model's parameters and buffers, as `cast` makes them, by their names."""
+def state_of(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of the model's parameters and buffers by their names, as `cast` makes them."""
     named = dict([*model.named_parameters(), *model.named_buffers()])
-    copies: dict[str, Tensor] = cast(named, device, dtype, stored)
-    return copies
+    return {name: cast(tensor, device, dtype) for name, tensor in named.items()}
 
 
 _BORROWED = threading.RLock()
@@ -324,7 +309,6 @@ def borrowed(
     model: nn.Module,
     device: torch.device | str,
     dtype: torch.dtype,
-    stored: torch.dtype | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Callable[..., Any]]:
     """The model as a function of its arguments, with `state`, or what `state_of` gives.
@@ -333,7 +317,7 @@ def borrowed(
     own. Whatever a forward keeps or changes in the model is undone behind the block. Until then
     no other thread can use the model.
     """
-    others = dict(state_of(model, device, dtype, stored) if state is None else state)
+    others = dict(state_of(model, device, dtype) if state is None else state)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -350,7 +334,7 @@ def borrowed(
             for module in model.modules():
                 for name, value in list(vars(module).items()):
                     if isinstance(value, Tensor):
-                        vars(module)[name] = cast(value, device, dtype, stored)
+                        vars(module)[name] = cast(value, device, dtype)
             if own_dtype(model, ()) != dtype:
                 torch.set_default_dtype(dtype)  # for tensors that a forward makes
             yield run

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,21 +19,13 @@ Formula = Callable[[nn.Module, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one module: what went in and what came out, exactly, as arrays.
+    """One call of one module: what went in and what came out, exactly, as arrays."""
 
-    Attributes:
-        path: of the module in the model.
-        kind: the name of its type.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        output: its result; tuples, lists and dictionaries of arrays as well.
-    """
-
-    path: str
-    kind: str
+    path: str  # of the module in the model
+    kind: str  # the name of its type
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Any
+    output: Any  # tuples, lists and dictionaries of arrays as well
 
     @property
     def input(self) -> Any:
@@ -42,63 +35,33 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a candidate showed.
-
-    Attributes:
-        name: the candidate's.
-        device: where it computed.
-        dtype: what it computed in, as NumPy spells it.
-        calls: the calls of the places that it shows, in order.
-        output: the result; tuples, lists and dictionaries of arrays as well.
-        again: the result of a second run; None where there was none.
-    """
+    """What a candidate showed."""
 
     name: str
     device: str
-    dtype: str
-    calls: tuple[Call, ...]
-    output: Any
-    again: Any = None
+    dtype: str  # as NumPy spells it
+    calls: tuple[Call, ...]  # of the places that it shows, in order
+    output: Any  # tuples, lists and dictionaries of arrays as well
+    again: Any = None  # the output of a second run
 
 
 @contextmanager
-def hooked(
-    modules: Mapping[str, nn.Module], before: Callable[..., None], after: Callable[..., Any]
+def watched(
+    modules: Mapping[str, nn.Module], calls: list[Call], keep: Callable[[Tensor], Any] = to_numpy
 ) -> Iterator[None]:
-    """``before(path, args, kwargs)`` and ``after(path, module, output)`` around each call.
+    """Append each call of each module to `calls`, in the order of their ends; `keep` of tensors."""
+    given: list[tuple[Any, Any]] = []
 
-    What `after` returns, unless it is None, takes the place of the output.
-    """
-    handles = []
-    try:
-        for path, module in modules.items():
-            handles += [
-                module.register_forward_pre_hook(
-                    lambda module, args, kwargs, path=path: before(path, args, kwargs),
-                    with_kwargs=True,
-                ),
-                module.register_forward_hook(
-                    lambda module, args, output, path=path: after(path, module, output)
-                ),
-            ]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    # Kept before the call: the layer may work in place, and hooks on gradients come behind it.
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append((convert(args, Tensor, keep), convert(kwargs, Tensor, keep)))
 
-
-@contextmanager
-def watched(modules: Mapping[str, nn.Module], calls: list[Call]) -> Iterator[None]:
-    """Append each call of each module to `calls`, in the order of their ends."""
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    # The input is copied before the call, for the layer may work in place.
-    def before(path: str, args: Any, kwargs: Any) -> None:
-        given.append((convert(args, Tensor, to_numpy), convert(kwargs, Tensor, to_numpy)))
-
-    def after(path: str, module: nn.Module, output: Any) -> None:
-        result = convert(output, Tensor, to_numpy)
+    def after(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        result = convert(output, Tensor, keep)
         calls.append(Call(path, type(module).__name__, *given.pop(), result))
 
-    with hooked(modules, before, after):
+    with ExitStack() as hooks:
+        for path, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(partial(after, path)))
         yield
