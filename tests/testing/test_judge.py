@@ -1,6 +1,7 @@
 """What the judge says of traces made by hand: what is allowed, and in which words it says no."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from torch import nn
 
 from torchnnfs import compare
-from torchnnfs.testing.judge import find, find_formula, judge, make_row, rows_in
+from torchnnfs.testing.judge import find, find_formula, judge, row_of
 from torchnnfs.testing.measure import measure, same
-from torchnnfs.testing.merge import Judged
+from torchnnfs.testing.merge import Finding
+from torchnnfs.testing.models import rows_in
 from torchnnfs.testing.precision import PRECISIONS
 from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.reference import Answer, Reference
@@ -22,10 +24,14 @@ X = np.array([[1.0, 2.0, 4.0], [8.0, 0.0, -1.0]])
 Y = np.maximum(X, 0)
 
 
-def problem(model, x=X, **reference):
-    return Problem(
-        model, torch.tensor(x, dtype=torch.float32), Reference(**reference), torch.float32
-    )
+def problem(model, x=X, start=0, **reference):
+    x = torch.tensor(x, dtype=torch.float32)
+    return Problem(model, x, Reference(**reference), torch.float32, start)
+
+
+def row(output, kind, isolated, chained, *more, **keywords):
+    found = Finding("0", "0", "", kind, isolated, chained)
+    return row_of(trace(output=output), found, *more, **keywords)
 
 
 def trace(*steps, output=None, again=None, path="{}"):
@@ -187,41 +193,35 @@ def test_two_runs_of_anything_may_differ_by_little():
 
 
 def test_excess_up_to_four_is_rounding():
-    right = Judged(same(Y), "rounding", "NumPy")
-    told = trace(output=Y)
-    assert make_row(told, "0", "Linear", right, right, 4.0).ok
-    row = make_row(told, "0", "Linear", right, right, 4.5)
-    assert (row.state, row.basis, row.excess) == ("differs", "excess", 4.5)
-    assert row.reason == (
+    right = same(Y)
+    assert row(Y, "Linear", right, right, 4.0).ok
+    told = row(Y, "Linear", right, right, 4.5)
+    assert (told.state, told.basis, told.excess) == ("differs", "excess", 4.5)
+    assert told.reason == (
         "its errors are 4.5 times those of plain sums in float32; up to 4 is rounding"
     )
 
 
 def test_a_row_of_its_own_knows_of_no_wrong_input():
-    right = Judged(same(Y), "rounding", "NumPy")
-    off = Judged(measure(Y, Y + 1, np.ones(Y.shape) / 2, PRECISIONS["float32"]), "estimated", "I")
-    told = trace(output=Y)
-    row = make_row(told, "0", "ReLU", right, off)
-    assert (row.state, row.basis, row.max_abs, row.chained_ulp) == (
-        "differs",
-        "estimated",
-        0,
-        2**23,
-    )
-    row = make_row(told, "0", "ReLU", right, off, wrong=True)
-    assert row.state == "right, but its input was wrong"
-    row = make_row(told, "0", "ReLU", None, off)
-    assert (row.isolated_ratio, row.chained_ratio, row.max_abs) == (None, 2, 1)
-    row = make_row(told, "0", "ReLU", off, None)
-    assert (row.isolated_ratio, row.chained_ratio, row.chained_ulp) == (2, None, None)
-    assert row.reason == "1 at [0, 0] where I gives 2, 2 times what rounding explains"
+    right = same(Y)
+    off = measure(Y, Y + 1, np.ones(Y.shape) / 2, PRECISIONS["float32"])
+    off = replace(off, basis="estimated", source="I")
+    told = row(Y, "ReLU", right, off)
+    assert (told.state, told.basis) == ("differs", "estimated")
+    assert (told.max_abs, told.chained_ulp) == (0, 2**23)
+    assert row(Y, "ReLU", right, off, wrong=True).state == "right, but its input was wrong"
+    told = row(Y, "ReLU", None, off)
+    assert (told.isolated_ratio, told.chained_ratio, told.max_abs) == (None, 2, 1)
+    told = row(Y, "ReLU", off, None)
+    assert (told.isolated_ratio, told.chained_ratio, told.chained_ulp) == (2, None, None)
+    assert told.reason == "1 at [0, 0] where I gives 2, 2 times what rounding explains"
 
 
 def test_what_has_no_elements_is_right():
     nothing = np.zeros((0, 3))
-    empty = Judged(measure(nothing, nothing, nothing, PRECISIONS["float32"]), "rounding", "NumPy")
-    row = make_row(trace(output=nothing), "0", "ReLU", empty, empty)
-    assert (row.state, row.bit_equal, row.unbounded) == ("ok", 1.0, 0)
+    empty = measure(nothing, nothing, nothing, PRECISIONS["float32"])
+    told = row(nothing, "ReLU", empty, empty)
+    assert (told.state, told.bit_equal, told.unbounded) == ("ok", 1.0, 0)
 
 
 def linear_trace(layer, x):
@@ -249,7 +249,7 @@ def test_plain_sums_are_made_for_as_many_rows_as_are_enough(layer, shape, kept):
 
 def test_plain_sums_of_a_batch_are_of_its_rows_of_the_whole():
     layer, x = nn.Linear(2, 3), np.ones((2, 5, 2))
-    (found,) = find(linear_trace(layer, x), problem(layer, x), start=6)
+    (found,) = find(linear_trace(layer, x), problem(layer, x, start=6))
     np.testing.assert_array_equal(found.sample.rows, range(30, 40))
 
 
@@ -275,15 +275,15 @@ def test_plain_sums_are_made_where_they_can_be_compared():
 
 
 def test_rows_are_counted_from_the_beginning_of_the_whole():
-    (found,) = find(trace((X, changed((1, 0), 9))), problem(chain(1)), start=70)
-    assert found.isolated.measured.worst.index == (71, 0)
+    (found,) = find(trace((X, changed((1, 0), 9))), problem(chain(1), start=70))
+    assert found.isolated.worst.index == (71, 0)
     # An output that has no rows is counted from 0.
-    (found,) = find(trace(output=X.sum(0) + 9 * np.eye(3)[2]), problem(Total()), start=70)
-    assert found.chained.measured.worst.index == (2,)
+    (found,) = find(trace(output=X.sum(0) + 9 * np.eye(3)[2]), problem(Total(), start=70))
+    assert found.chained.worst.index == (2,)
     recorded = {"": Answer(changed((1, 0), 9), PRECISIONS["float64"])}
-    for start in ((), (70,)):
-        _, (found,) = find_formula(problem(chain(1), recorded=recorded), *start)
-        assert found.chained.measured.worst.index == (sum(start) + 1, 0)
+    for start in (0, 70):
+        _, (found,) = find_formula(problem(chain(1), start=start, recorded=recorded))
+        assert found.chained.worst.index == (start + 1, 0)
         assert found.remark == ("in float64 this is no rounding: the code or the parameters differ")
     assert find_formula(problem(chain(1))) is None
 

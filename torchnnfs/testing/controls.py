@@ -12,13 +12,13 @@ from torch import nn
 
 from torchnnfs.testing.candidates import Candidate, dtype_name, single
 from torchnnfs.testing.exact import known
-from torchnnfs.testing.judge import DIFFERS, EXCESS, Row, judge
-from torchnnfs.testing.layers import Layer
+from torchnnfs.testing.judge import DIFFERS, EXCESS, judge
+from torchnnfs.testing.layers import Layer, Wrong
 from torchnnfs.testing.layers.softmax import UNSHIFTED
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.precision import PRECISIONS, Array
 from torchnnfs.testing.problem import Problem
-from torchnnfs.testing.traces import Call, Formula
+from torchnnfs.testing.traces import Call, Formula, Trace
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,6 @@ class Control:
     reason: str
 
 
-#: A wrong formula: ``wrong(x, **arguments)``; None where these arguments cannot be broken so.
-_Wrong = Callable[..., Array | None]
-
 #: What can be wrong with the last layer, whatever it computes: from its output.
 AT_THE_END: dict[str, Callable[[Array], Array | None]] = {
     "constant output": lambda y: np.full_like(y, 1 / y.shape[-1]),
@@ -48,45 +45,41 @@ AT_THE_END: dict[str, Callable[[Array], Array | None]] = {
 }
 
 
-def _behind(layer: Layer, change: Callable[[Array], Array | None]) -> _Wrong:
+def _behind(layer: Layer, change: Callable[[Array], Array | None]) -> Wrong:
     return lambda x, **arguments: change(layer.forward(x, **arguments))
 
 
-def try_controls(
-    model: nn.Module, input: Any, candidate: Candidate, problem: Problem
-) -> tuple[Control, ...]:
+def try_controls(candidate: Candidate, problem: Problem) -> tuple[Control, ...]:
     """Break the model at the first layer that each control fits, and judge it by itself."""
 
-    def rows_of(broken: dict[str, Formula]) -> list[Row]:
-        return judge(candidate.run(model, input, broken=broken), problem)
+    def run(broken: dict[str, Formula]) -> Trace:
+        return candidate.run(problem.model.model, problem.input, broken=broken)
 
     calls: dict[str, Call] = {}
-    for call in candidate.run(model, input, broken={}).calls:
+    for call in run({}).calls:
         calls.setdefault(call.path, call)
     tried: dict[str, Control] = {}
     for path, call in calls.items():
         layer = problem.model.places[path].layer
         if layer is None:
             continue
-        wrongs: dict[str, _Wrong] = dict(layer.controls)
+        wrongs: dict[str, Wrong] = dict(layer.controls)
         if path == problem.model.steps[-1]:
             wrongs |= {name: _behind(layer, change) for name, change in AT_THE_END.items()}
         for name, wrong in wrongs.items():
-            control = None
             if name not in tried:
-                control = _try(name, wrong, layer, call, problem, rows_of)
-            if control is not None:
-                tried[name] = control
+                control = _try(name, wrong, layer, call, problem, run)
+                tried |= {} if control is None else {name: control}
     return tuple(tried.values())
 
 
 def _try(
     name: str,
-    wrong: _Wrong,
+    wrong: Wrong,
     layer: Layer,
     call: Call,
     problem: Problem,
-    rows_of: Callable[[dict[str, Formula]], list[Row]],
+    run: Callable[[dict[str, Formula]], Trace],
 ) -> Control | None:
     """Judge one broken copy, and where it is not rejected, ask whether it could be."""
     path, dtype = call.path, problem.model.dtype
@@ -103,7 +96,8 @@ def _try(
     exact_wrong = wrong(call.input, **arguments)
     if exact_wrong is None:
         return None
-    row = next((row for row in rows_of({path: formula}) if row.state == DIFFERS), None)
+    rows = judge(run({path: formula}), problem)
+    row = next((row for row in rows if row.state == DIFFERS), None)
     if row is not None:
         words = _size(row.bound_ratio)
         if row.basis == EXCESS:

@@ -7,30 +7,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from torchnnfs.testing.candidates import Candidate
 from torchnnfs.testing.exact import ROUNDING
 from torchnnfs.testing.layers import softmax
 from torchnnfs.testing.measure import measure
-from torchnnfs.testing.merge import Finding, Judged
+from torchnnfs.testing.merge import Finding
 from torchnnfs.testing.models import borrowed, cast, split, state_of, to_numpy
 from torchnnfs.testing.precision import Array, Precision
 from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.traces import Call, watched
 
 
-def judge_gradients(
-    candidate: Candidate, model: nn.Module, input: Any, target: Any, problem: Problem, start: int
-) -> list[Finding]:
+def judge_gradients(candidate: Candidate, target: Any, problem: Problem) -> list[Finding]:
     """What is found of each gradient: to the output, and to input and parameters of each layer.
-
-    The input holds the rows of a whole from `start` on.
 
     Raises:
         ValueError: no target; an output that is not (N, classes), or targets that do not fit it.
@@ -45,21 +42,19 @@ def judge_gradients(
         target = torch.as_tensor(np.asarray(target))
     found, times = [], Counter[str]()
     with torch.inference_mode(False), torch.enable_grad():
-        for path, kind, value, pair in _gradients(candidate, model, input, target, problem):
-            first = 0 if kind.endswith(tuple(_SYMBOLS.values())) else start
-            judged = Judged(measure(value, *pair, problem.precision, first), ROUNDING, "NumPy")
+        for path, kind, value, pair in _gradients(candidate, target, problem):
+            first = 0 if kind.endswith(tuple(_SYMBOLS.values())) else problem.start
+            measured = measure(value, *pair, problem.precision, first)
+            measured = replace(measured, basis=ROUNDING, source="NumPy")
             times[path + kind] += 1
             again = f" (call {times[path + kind]})" if times[path + kind] > 1 else ""
-            found.append(Finding(path, path + again, "", kind, judged))
+            found.append(Finding(path, path + again, "", kind, measured))
     return found
 
 
-def _run(
-    candidate: Candidate, model: nn.Module, input: Any, problem: Problem
-) -> tuple[Any, Any, dict[str, Tensor], list[Call]]:
+def _run(candidate: Candidate, problem: Problem) -> tuple[Any, Any, dict[str, Tensor], list[Call]]:
     """The first input, the output, the parameters and the calls of the layers, with history."""
-    device, dtype = candidate.device, candidate.dtype
-    assert dtype is not None
+    device, model, dtype = candidate.device, problem.model.model, problem.model.dtype
     parameters = dict(model.named_parameters())
     state = state_of(model, device, dtype)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -70,7 +65,7 @@ def _run(
             state[name] = parameter
         elif state[name].is_floating_point():
             state[name].requires_grad_()
-    args, kwargs = split(cast(input, device, dtype))
+    args, kwargs = split(cast(problem.input, device, dtype))
     tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
     for each in tensors:
         each.requires_grad_(each.is_floating_point())
@@ -93,11 +88,11 @@ def _run(
 
 
 def _gradients(
-    candidate: Candidate, model: nn.Module, input: Any, target: Tensor, problem: Problem
+    candidate: Candidate, target: Tensor, problem: Problem
 ) -> Iterator[tuple[str, str, Array, tuple[Array, Array]]]:
     """Path, kind, value, and exact value and bound of each gradient."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    whole, output, parameters, calls = _run(candidate, model, input, problem)
+    names = {id(parameter): name for name, parameter in problem.model.model.named_parameters()}
+    whole, output, parameters, calls = _run(candidate, problem)
     classes, precision = _check(output, target), problem.precision
     target = target.to(output.device, torch.int64)
     steps = problem.model.steps

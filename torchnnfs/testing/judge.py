@@ -6,17 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby, zip_longest
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 
 from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Expected
-from torchnnfs.testing.layers import Layer
-from torchnnfs.testing.measure import Worst, measure, same, unlike
+from torchnnfs.testing.measure import Measured, Worst, measure, same, unlike
 from torchnnfs.testing.merge import Finding, Sample
-from torchnnfs.testing.merge import Judged as Judged
-from torchnnfs.testing.models import leaves, split
+from torchnnfs.testing.models import Place, leaves, split
 from torchnnfs.testing.precision import PRECISIONS, Array
 from torchnnfs.testing.problem import Problem, nominal
 from torchnnfs.testing.traces import Call, Trace
@@ -111,66 +109,56 @@ def judge(trace: Trace, problem: Problem) -> list[Row]:
     return rows_of(trace, find(trace, problem), problem)
 
 
-class _Part(NamedTuple):
-    """The rows of the whole that a batch holds."""
-
-    start: int
-    rows: int
-
-
-def find(trace: Trace, problem: Problem, start: int = 0) -> list[Finding]:
-    """What is measured of a trace, whose input holds the rows of the whole from `start` on."""
-    part = _Part(start, rows_in(problem.model.input))
-    found: list[Finding] = []
+def find(trace: Trace, problem: Problem) -> list[Finding]:
+    """What is measured of a trace: of two runs, of each call, and of the output."""
+    reference, steps = problem.reference, problem.model.steps
+    found = [*_twice(trace, problem)]
     times: Counter[str] = Counter()
-    step = 0
-    last: Any = None
+    step, last = 0, None
     for call in trace.calls:
         place = problem.model.places.get(call.path)
-        whole = place is not None and place.layer is None and not place.path
-        if whole and problem.reference.judges_output:
+        if place and place.layer is None and not place.path and reference.judges_output:
             continue
         isolated = chained = None
         joined = True
-        if step < len(problem.model.steps) and call.path == problem.model.steps[step]:
+        if step < len(steps) and call.path == steps[step]:
             chained = problem.chained(step)
             before = split(problem.model.input) if step == 0 else ((last,), {})
             joined = _same((call.args, call.kwargs), before)
             if step == 0 and joined:
                 isolated = chained  # nothing came before: both are one
             step, last = step + 1, call.output
-        if isolated is None or call.path in problem.reference.sources:
+        if isolated is None or call.path in reference.sources:
             isolated = problem.isolated(call)
-        if problem.is_own and call.path and call.path in problem.reference.recorded:
+        if problem.is_own and call.path and call.path in reference.recorded:
             chained = problem.recorded(call.path)
         if isolated is None and chained is None:
             continue
         times[call.path] += 1
         label = place.label if place else call.path
-        again = f" (call {times[call.path]})" if times[call.path] > 1 else ""
-        here = Finding(call.path, label + again, "", call.kind)
-        first, *more = _measured(trace, here, call.output, isolated, chained, part)
-        sample = None
-        if place and place.layer and isolated and call.path not in problem.reference.sources:
-            sample = _sample(place.layer, call, isolated, part)
-        found += [replace(first, joined=joined, sample=sample), *more]
-    named = problem.reference.sources.keys() | problem.reference.recorded.keys()
-    shown = last is not None and step == len(problem.model.steps) and _same(last, trace.output)
+        label += f" (call {times[call.path]})" if times[call.path] > 1 else ""
+        here = Finding(call.path, label, "", call.kind, joined=joined)
+        first, *more = _measured(trace, here, call.output, isolated, chained, problem)
+        if isolated and call.path not in reference.sources:
+            first = replace(first, sample=_sample(place, call, isolated, problem))
+        found += [first, *more]
+    named = "" in reference.sources or "" in reference.recorded
+    shown = last is not None and step == len(steps) and _same(last, trace.output)
     judged_here = problem.is_own and problem.formula is None
-    needed = not shown or (judged_here and ("" in named or bool(problem.mismatch)))
+    needed = not shown or (judged_here and (named or bool(problem.mismatch)))
     if needed and problem.output is not None:
-        here = Finding("", "(output)", "", type(problem.model.model).__name__)
-        if not trace.calls and problem.is_chain and "" not in named:
-            end = problem.model.places[problem.model.steps[-1]]
+        here = _output(problem)
+        if not trace.calls and problem.is_chain and not named:
+            end = problem.model.places[steps[-1]]
             here = Finding(end.path, end.label, "", end.kind)
-        far = _far(trace, problem)
-        measured = _measured(trace, here, trace.output, None, problem.output, part)
-        allowed = _most(problem.output) if judged_here and problem.reference.judges_output else 0.0
-        found += [replace(each, far=far, allowed=allowed) for each in measured]
-    return [*_twice(trace, problem, part), *found]
+        if reference.judges_output:
+            allowed = _most(problem.output) if judged_here else 0.0
+            here = replace(here, far=_far(trace, problem), allowed=allowed)
+        found += _measured(trace, here, trace.output, None, problem.output, problem)
+    return found
 
 
-def find_formula(problem: Problem, start: int = 0) -> tuple[Trace, list[Finding]] | None:
+def find_formula(problem: Problem) -> tuple[Trace, list[Finding]] | None:
     """Of the output of the model in float64, where a reference gives it in float64."""
     # The formula first: without a reference nothing else need be computed.
     exact = None if problem.formula is None else problem.model.end(PRECISIONS["float64"])
@@ -180,60 +168,35 @@ def find_formula(problem: Problem, start: int = 0) -> tuple[Trace, list[Finding]
     words = "in float64 this is no rounding: the code or the parameters differ"
     if list(problem.reference.sources) == [""]:
         words += "; a reference that maps layers to functions or arrays shows where"
-    here = Finding("", "(output)", "", type(problem.model.model).__name__, remark=words)
-    part = _Part(start, rows_in(problem.model.input))
-    found = _measured(trace, here, exact.output, None, problem.formula, part)
-    return trace, [replace(each, allowed=_most(problem.formula)) for each in found]
+    here = replace(_output(problem), remark=words, allowed=_most(problem.formula))
+    return trace, [*_measured(trace, here, exact.output, None, problem.formula, problem)]
+
+
+def _output(problem: Problem) -> Finding:
+    return Finding("", "(output)", "", type(problem.model.model).__name__)
 
 
 def _most(expected: Expected) -> float:
     return max((float(np.max(each, initial=0.0)) for each in expected.bounds.values()), default=0.0)
 
 
-def rows_in(input: Any) -> int:
-    """How many rows an input has, along the first axis of its first array."""
-    first = next(iter(leaves(input).values()), None)
-    return len(first) if first is not None and first.ndim else 1
-
-
 def rows_of(trace: Trace, findings: Iterable[Finding], problem: Problem) -> list[Row]:
     """The rows of a trace, from all that was found of it."""
     rows: list[Row] = []
-    for (twice, _), group in groupby(findings, key=lambda each: each.key[:2]):
-        wrong = any(row.state == DIFFERS for row in rows if row.basis != TWICE)
-        for each in group:
-            excess = None
-            if each.sample is not None:
-                excess = _excess(each.sample, each.path, problem)
-            label = each.place + each.leaf
-            row = make_row(trace, label, each.kind, each.isolated, each.chained, excess, wrong)
-            if twice:
-                rows += _unstable(row)
-                continue
-            if not each.joined and row.isolated_ratio is not None and row.isolated_ratio <= 1:
-                row = replace(row, state=DIFFERS, reason=_NOT_JOINED)
-            remark = each.remark or _who_is_far(each.far)
-            if not row.ok and remark:
-                row = replace(row, reason=f"{row.reason}; {remark}")
-            rows.append(row)
+    for _, group in groupby(findings, key=lambda each: each.key[:2]):
+        wrong = any(row.state == DIFFERS and row.basis != TWICE for row in rows)
+        made = [row_of(trace, each, _excess(each, problem), wrong) for each in group]
+        rows += [row for row in made if row.state == DIFFERS or row.basis != TWICE]
     return rows
 
 
-#: Of a step whose own result is right.
-_NOT_JOINED = "it computes right, but its input is not what the layer before it gave"
-
-
 def _same(a: Any, b: Any) -> bool:
-    pairs = zip_longest(leaves(a).values(), leaves(b).values())
+    ours, theirs = list(leaves(a).values()), list(leaves(b).values())
     # NaN is looked for only where something differs: that takes ten times as long.
-    return all(
-        one is not None
-        and two is not None
-        and (
-            np.array_equal(one, two)
-            or (one.dtype.kind == "f" and np.array_equal(one, two, equal_nan=True))
-        )
-        for one, two in pairs
+    return len(ours) == len(theirs) and all(
+        np.array_equal(one, two)
+        or (one.dtype.kind == "f" and np.array_equal(one, two, equal_nan=True))
+        for one, two in zip(ours, theirs, strict=True)
     )
 
 
@@ -243,21 +206,20 @@ def _measured(
     output: Any,
     isolated: Expected | None,
     chained: Expected | None,
-    part: _Part,
+    problem: Problem,
 ) -> Iterator[Finding]:
     """What is measured of each array of an output."""
     values = leaves(output)
-    some = isolated or chained
-    assert some is not None
-    names = list(values) if len(values) == len(some.bounds) else [*values, *some.bounds][:1]
-    if trace.calls and len(names) > 1 and names != list(some.bounds):
+    bounds = [] if (some := isolated or chained) is None else list(some.bounds)
+    names = list(values) if len(values) == len(bounds) else [*values, *bounds][:1]
+    if trace.calls and len(names) > 1 and names != bounds:
         values, names = {}, ["'s structure"]  # the same number of arrays, but other places
     arrays = list(values.values())
     for index, name in enumerate(names):
-        alone = None if isolated is None else _judged(arrays, isolated, index, trace, part)
+        alone = None if isolated is None else _judged(arrays, isolated, index, trace, problem)
         whole = alone
         if chained is not isolated:
-            whole = None if chained is None else _judged(arrays, chained, index, trace, part)
+            whole = None if chained is None else _judged(arrays, chained, index, trace, problem)
         yield replace(here, leaf=name, isolated=alone, chained=whole)
 
 
@@ -266,40 +228,31 @@ def _arrays(count: int) -> str:
 
 
 def _judged(
-    values: list[Array], expected: Expected, index: int, trace: Trace, part: _Part
-) -> Judged:
+    values: list[Array], expected: Expected, index: int, trace: Trace, problem: Problem
+) -> Measured:
     """One array of an output against the one that is expected at its place."""
     theirs, bounds = list(expected.values.values()), list(expected.bounds.values())
-    precision = PRECISIONS[trace.dtype]
     if len(values) != len(theirs):
         named = f" ({', '.join(expected.bounds)})" if len(theirs) > 1 else ""
-        counts = f"{_arrays(len(values))}", f"{_arrays(len(theirs))}{named}"
-        return Judged(unlike(*counts), expected.basis, expected.source)
-    value, exact, bound = values[index], theirs[index], bounds[index]
-    if bound.shape != exact.shape:
-        bound = np.full(exact.shape, np.max(bound, initial=0.0))
-    start = part.start if exact.shape[:1] == (part.rows,) else 0
-    measured = measure(value, exact, bound, precision, start)
-    return Judged(measured, expected.basis, expected.source)
+        measured = unlike(_arrays(len(values)), f"{_arrays(len(theirs))}{named}")
+    else:
+        exact, bound = theirs[index], bounds[index]
+        if bound.shape != exact.shape:
+            bound = np.full(exact.shape, np.max(bound, initial=0.0))
+        start = problem.start if exact.shape[:1] == (problem.rows,) else 0
+        measured = measure(values[index], exact, bound, PRECISIONS[trace.dtype], start)
+    return replace(measured, basis=expected.basis, source=expected.source)
 
 
-def make_row(
-    trace: Trace,
-    label: str,
-    kind: str,
-    isolated: Judged | None,
-    chained: Judged | None,
-    excess: float | None = None,
-    wrong: bool = False,
-) -> Row:
+def row_of(trace: Trace, found: Finding, excess: float | None = None, wrong: bool = False) -> Row:
     """A row from what was measured of a layer; `wrong`: an earlier layer of the trace differs."""
+    isolated, chained = found.isolated, found.chained
     shown = [each for each in (isolated, chained) if each is not None]
-    decisive = max(shown, key=lambda judged: judged.measured.ratio)
-    measured, basis, state, reason = shown[0].measured, decisive.basis, OK, ""
-    if decisive.measured.ratio > 1:
-        only_chained = isolated is not None and isolated.measured.ratio <= 1
-        state = INPUT if only_chained and wrong else DIFFERS
-        reason = _reason(decisive)
+    measured, decisive = shown[0], max(shown, key=lambda each: each.ratio)
+    right = isolated is not None and isolated.ratio <= 1
+    basis, state, reason = decisive.basis, OK, ""
+    if decisive.ratio > 1:
+        state, reason = INPUT if right and wrong else DIFFERS, _reason(decisive)
     elif measured.size and measured.unbounded == measured.size:
         state = NOTHING
         reason = f"no error can be told from rounding: {trace.dtype} may overflow or cancel out"
@@ -309,32 +262,39 @@ def make_row(
             f"its errors are {excess:.3g} times those of plain sums in {trace.dtype}; up to "
             f"{EXCESS_LIMIT:g} is rounding"
         )
+    if found.twice:
+        worst, basis = decisive.worst, TWICE
+        numbers = f"{worst.expected:.9g} and {worst.value:.9g} at {list(worst.index)}"
+        reason = f"two runs on the same input gave {numbers}"
+    if right and not found.joined:
+        state = DIFFERS
+        reason = "it computes right, but its input is not what the layer before it gave"
+    remark = found.remark or _who_is_far(*found.far)
     return Row(
         candidate=trace.name,
         device=trace.device,
         dtype=trace.dtype,
-        layer=label,
-        kind=kind,
+        layer=found.place + found.leaf,
+        kind=found.kind,
         state=state,
         max_abs=measured.max_abs,
         max_ulp=measured.max_ulp,
         bit_equal=measured.equal / measured.size if measured.size else 1.0,
-        isolated_ratio=isolated and isolated.measured.ratio,
-        chained_ratio=chained and chained.measured.ratio,
-        chained_ulp=chained and chained.measured.max_ulp,
-        bound_ratio=decisive.measured.ratio,
+        isolated_ratio=None if isolated is None else isolated.ratio,
+        chained_ratio=None if chained is None else chained.ratio,
+        chained_ulp=None if chained is None else chained.max_ulp,
+        bound_ratio=decisive.ratio,
         excess=excess,
         basis=basis,
-        reason=reason,
-        worst=decisive.measured.worst,
+        reason=f"{reason}; {remark}" if remark and state != OK else reason,
+        worst=decisive.worst,
         ulps=measured.ulps,
-        unbounded=max(each.measured.unbounded for each in shown),
+        unbounded=max(each.unbounded for each in shown),
     )
 
 
-def _reason(judged: Judged) -> str:
-    measured, source = judged.measured, judged.source
-    worst = measured.worst
+def _reason(measured: Measured) -> str:
+    worst, source = measured.worst, measured.source
     if measured.unlike:
         return f"{measured.unlike[0]} where {source} gives {measured.unlike[1]}"
     times = f"{measured.ratio:.3g} times" if np.isfinite(measured.ratio) else "infinitely far from"
@@ -344,30 +304,31 @@ def _reason(judged: Judged) -> str:
     )
 
 
-def _sample(layer: Layer, call: Call, expected: Expected, part: _Part) -> Sample | None:
+def _sample(place: Place | None, call: Call, expected: Expected, problem: Problem) -> Sample | None:
     """The rows of a call that an honest computation is made for."""
-    value = np.asarray(call.output)
-    if layer.honest is None or expected.basis != ROUNDING:
+    if not (place and place.layer and place.layer.honest) or expected.basis != ROUNDING:
         return None
+    value = np.asarray(call.output)
     x, y = (array.reshape(-1, array.shape[-1]) for array in (call.input, expected.values[""]))
     if value.size != y.size or not y.size:
         return None
     most = max(1, min(_HONEST_ROWS, _HONEST_PRODUCTS // max(1, x.shape[1] * y.shape[1])))
-    start = part.start * len(x) // part.rows
+    start = problem.start * len(x) // problem.rows
     return Sample.of(most, start, x, y, value.reshape(y.shape))
 
 
-def _excess(sample: Sample, path: str, problem: Problem) -> float | None:
+def _excess(found: Finding, problem: Problem) -> float | None:
     """Root mean square of the error over that of an honest computation in the same precision.
 
     Of several honest ones the worst counts, and it is at least u / sqrt(3) of the output's root
     mean square: a number may be right by luck.
     """
-    precision, layer = problem.precision, problem.model.places[path].layer
-    assert layer is not None
-    assert layer.honest is not None
-    x, y, value = sample.arrays
-    honest = layer.honest(x, precision, **problem.exact.arguments[problem.paired[path]])
+    precision, place = problem.precision, problem.model.places.get(found.path)
+    if not (found.sample and place and place.layer and place.layer.honest):
+        return None
+    x, y, value = found.sample.arrays
+    arguments = problem.exact.arguments[problem.paired[found.path]]
+    honest = place.layer.honest(x, precision, **arguments)
     usable = np.isfinite(y) & np.isfinite(value) & np.isfinite(honest).all(axis=0)
     usable &= np.abs(y) < precision.largest
     if not usable.any():
@@ -384,61 +345,45 @@ def _rms(values: Array) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-def _far(trace: Trace, problem: Problem) -> tuple[float, float] | None:
+def _far(trace: Trace, problem: Problem) -> tuple[float, float]:
     """How far candidate and reference are from the model in float64, in bounds."""
-    model, expected = problem.model.end(), problem.output
-    if model is None or expected is None or not problem.reference.judges_output:
-        return None
-    far, part = [], _Part(0, 0)
-    for values in (leaves(trace.output), expected.values):
-        arrays = list(values.values())
-        each = [_judged(arrays, model, i, trace, part).measured.ratio for i in range(len(arrays))]
-        far.append(max(each, default=0.0))
+    model, reference = problem.model.end(), problem.output
+    if model is None or reference is None:
+        return 0.0, 0.0
+    far = []
+    for arrays in (list(leaves(trace.output).values()), list(reference.values.values())):
+        found = [_judged(arrays, model, index, trace, problem) for index in range(len(arrays))]
+        far.append(max((each.ratio for each in found), default=0.0))
     return far[0], far[1]
 
 
-def _who_is_far(far: tuple[float, float] | None) -> str:
+def _who_is_far(candidate: float, reference: float) -> str:
     """To be said beside a reference that differs."""
-    if far is None:
+    if not candidate and not reference:
         return ""
-    if min(far) > 1:
-        words = "both are far from the model's own layers and parameters in float64"
-    elif far[0] > 1:
-        words = "the candidate is far from the model's own layers and parameters in float64"
-    else:
+    who = "both are" if min(candidate, reference) > 1 else "the candidate is"
+    words = f"{who} far from the model's own layers and parameters in float64"
+    if candidate <= 1:
         words = "the candidate computes what the model's own layers and parameters give in float64"
     return (
-        f"{words} ({far[0]:.2g} times the bound for the candidate, {far[1]:.2g} for the reference)"
+        f"{words} ({candidate:.2g} times the bound for the candidate, {reference:.2g} for the "
+        "reference)"
     )
 
 
-def _twice(trace: Trace, problem: Problem, part: _Part) -> Iterator[Finding]:
+def _twice(trace: Trace, problem: Problem) -> Iterator[Finding]:
     """The second run on the same input against the first."""
     if trace.again is None:
         return
-    here = Finding("", "(output)", "", type(problem.model.model).__name__, twice=True)
-    first = leaves(trace.output)
+    here, first = replace(_output(problem), twice=True), leaves(trace.output)
     if _same(trace.output, trace.again):
         for name, value in first.items():
-            yield replace(here, leaf=name, chained=Judged(same(value), ESTIMATED, ""))
+            yield replace(here, leaf=name, chained=same(value))
         return
-    bounds = {}
+    bounds = {name: nominal(value, problem.precision) for name, value in first.items()}
     known = problem.model.end()
-    for index, (name, value) in enumerate(first.items()):
-        bounds[name] = nominal(value, problem.precision)
-        if known is not None and len(known.bounds) == len(first):
-            bound = list(known.bounds.values())[index]
-            bounds[name] = 2 * bound if bound.shape == value.shape else bounds[name]
+    limits = [] if known is None else list(known.bounds.values())
+    if [each.shape for each in limits] == [each.shape for each in first.values()]:
+        bounds = {name: 2 * limit for name, limit in zip(first, limits, strict=True)}
     expected = Expected(trace.output, bounds, ESTIMATED)
-    yield from _measured(trace, here, trace.again, None, expected, part)
-
-
-def _unstable(row: Row) -> list[Row]:
-    """The row, where two runs on the same input differ by more than rounding explains."""
-    if row.state != DIFFERS:
-        return []
-    words = (
-        f"two runs on the same input gave {row.worst.expected:.9g} and {row.worst.value:.9g} at "
-        f"{list(row.worst.index)}"
-    )
-    return [replace(row, basis=TWICE, reason=words)]
+    yield from _measured(trace, here, trace.again, None, expected, problem)

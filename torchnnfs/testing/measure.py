@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -31,45 +31,33 @@ class Worst:
 
 @dataclass(frozen=True)
 class Measured:
-    """What became of one array, or of several that are the rows of a whole.
-
-    Attributes:
-        max_abs: the largest absolute error.
-        max_ulp: the largest error in units in the last place.
-        equal: number of elements that are the exact result correctly rounded.
-        ratio: the largest error over its bound.
-        worst: the element behind `ratio`.
-        ulps: number of elements with errors in ULP up to each of `ULP_EDGES`.
-        unbounded: number of elements that could not be judged, since the dtype may overflow.
-        size: number of elements.
-        unlike: the array and the expected one in words, where their shapes differ.
-    """
+    """What became of one array, or of several that are the rows of a whole."""
 
     max_abs: float
     max_ulp: float
-    equal: int
-    ratio: float
-    worst: Worst
-    ulps: tuple[int, ...]
-    unbounded: int
+    equal: int  # elements that are the exact result correctly rounded
+    ratio: float  # the largest error over its bound
+    worst: Worst  # the element behind `ratio`
+    ulps: tuple[int, ...]  # elements with errors in ULP up to each of `ULP_EDGES`
+    unbounded: int  # elements that could not be judged, since the dtype may overflow
     size: int
-    unlike: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()  # both arrays in words, where their shapes differ
+    basis: str = ""  # what the bound rests on
+    source: str = ""  # who gave the expected array
 
     def joined(self, other: Measured) -> Measured:
         """Both as one; of two equal ratios the one counts that comes first in the whole."""
         if not (self.size and other.size):
             return self if self.size else other
         first = min(self, other, key=lambda each: (-each.ratio, each.worst.index))
-        return Measured(
+        return replace(
+            first,
             max_abs=max(self.max_abs, other.max_abs),
             max_ulp=max(self.max_ulp, other.max_ulp),
             equal=self.equal + other.equal,
-            ratio=first.ratio,
-            worst=first.worst,
             ulps=tuple(map(sum, zip(self.ulps, other.ulps, strict=True))),
             unbounded=self.unbounded + other.unbounded,
             size=self.size + other.size,
-            unlike=first.unlike,
         )
 
 
@@ -81,8 +69,7 @@ _NOWHERE, _NONE = Worst((), math.nan, math.nan), (0,) * len(ULP_EDGES)
 
 def unlike(value: str, exact: str) -> Measured:
     """Of what cannot be compared, in words."""
-    words = value, exact
-    return Measured(math.inf, math.inf, 0, math.inf, _NOWHERE, _NONE, 0, 1, words)
+    return Measured(math.inf, math.inf, 0, math.inf, _NOWHERE, _NONE, 0, 1, (value, exact))
 
 
 def same(value: Array) -> Measured:

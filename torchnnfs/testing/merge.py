@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,33 +13,14 @@ from torchnnfs.testing.precision import Array
 from torchnnfs.testing.traces import Trace
 
 
-class Judged(NamedTuple):
-    """What was measured of an array, what that rests on, and who gave the expected one."""
-
-    measured: Measured
-    basis: str
-    source: str
-
-    def joined(self, other: Judged) -> Judged:
-        """Both as one."""
-        return self._replace(measured=self.measured.joined(other.measured))
-
-
 @dataclass(frozen=True)
 class Sample:
-    """Evenly spaced rows of a whole: every 2^k-th, as many as `most` allows, in any batches.
-
-    Attributes:
-        most: the largest number of rows.
-        end: how many rows of the whole came so far.
-        rows: the numbers of the rows that are kept.
-        arrays: these rows of each array.
-    """
+    """Evenly spaced rows of a whole: every 2^k-th, as many as `most` allows, in any batches."""
 
     most: int
-    end: int
-    rows: Array
-    arrays: tuple[Array, ...]
+    end: int  # how many rows of the whole came so far
+    rows: Array  # the numbers of those that are kept
+    arrays: tuple[Array, ...]  # these rows of each array
 
     @staticmethod
     def of(most: int, start: int, *arrays: Array) -> Sample:
@@ -55,16 +36,14 @@ class Sample:
 
         Where the rows of the two are not alike, it is the first alone.
         """
+        pairs = list(zip(self.arrays, other.arrays, strict=True))
         sizes = {len(each) - len(one.rows) for one in (self, other) for each in one.arrays}
-        if sizes != {0} or any(
-            a.shape[1:] != b.shape[1:] for a, b in zip(self.arrays, other.arrays, strict=True)
-        ):
+        if sizes != {0} or any(a.shape[1:] != b.shape[1:] for a, b in pairs):
             return self
         end = max(self.end, other.end)
         rows = np.concatenate([self.rows, other.rows])
         kept = np.argsort(rows, kind="stable")
         kept = kept[rows[kept] % _step(end, self.most) == 0]
-        pairs = zip(self.arrays, other.arrays, strict=True)
         arrays = tuple(np.concatenate(pair)[kept] for pair in pairs)
         return Sample(self.most, end, rows[kept], arrays)
 
@@ -75,35 +54,20 @@ def _step(end: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was measured at one place of one trace.
+    """What was measured at one place of one trace."""
 
-    Attributes:
-        path: of the place in the model.
-        place: how rows name it.
-        leaf: where the array is in a nested output.
-        kind: type of the module, and which gradient of it.
-        isolated: on the input that the place really got.
-        chained: from the model's input on.
-        sample: input, exact and computed output of a layer with an honest computation.
-        joined: whether it got what the place before gave.
-        far: how far the candidate and the reference are from the model in float64.
-        allowed: the largest bound beside a reference for the output.
-        remark: what to add where it differs.
-        twice: whether it is about a second run.
-    """
-
-    path: str
-    place: str
-    leaf: str
-    kind: str
-    isolated: Judged | None = None
-    chained: Judged | None = None
-    sample: Sample | None = None
-    joined: bool = True
-    far: tuple[float, float] | None = None
-    allowed: float = 0.0
-    remark: str = ""
-    twice: bool = False
+    path: str  # of the place in the model
+    place: str  # how rows name it
+    leaf: str  # where the array is in a nested output
+    kind: str  # type of the module, and which gradient of it
+    isolated: Measured | None = None  # on the input that the place really got
+    chained: Measured | None = None  # from the model's input on
+    sample: Sample | None = None  # input, exact and computed output, for an honest computation
+    joined: bool = True  # whether it got what the place before gave
+    far: tuple[float, float] = (0.0, 0.0)  # of candidate and reference from the model in float64
+    allowed: float = 0.0  # the largest bound beside a reference for the output
+    remark: str = ""  # what to add where it differs
+    twice: bool = False  # whether it is about a second run
 
     @property
     def key(self) -> tuple[bool, str, str, str]:
@@ -112,16 +76,13 @@ class Finding:
 
     def merged(self, other: Finding) -> Finding:
         """Both as one."""
-        far = self.far or other.far
-        if self.far and other.far:
-            far = max(self.far[0], other.far[0]), max(self.far[1], other.far[1])
         return replace(
             self,
             isolated=_both(self.isolated, other.isolated),
             chained=_both(self.chained, other.chained),
             sample=_both(self.sample, other.sample),
             joined=self.joined and other.joined,
-            far=far,
+            far=(max(self.far[0], other.far[0]), max(self.far[1], other.far[1])),
             allowed=max(self.allowed, other.allowed),
         )
 
@@ -132,20 +93,14 @@ def _both(one: Any, two: Any) -> Any:
 
 @dataclass
 class Seen:
-    """What was found of one trace in the batches so far.
+    """What was found of one trace in the batches so far."""
 
-    Attributes:
-        trace: who computed; without arrays.
-        findings: by their keys, in order.
-        counts: by a word and a path: calls of each place that was "called"; of each softmax of
-            NumPy its "numbers", and the "inexact" ones, whose exp is not correctly rounded.
-        shown: of the first candidate, rows of the input and of its output.
-    """
-
-    trace: Trace
+    trace: Trace  # who computed; without arrays
     findings: dict[tuple[bool, str, str, str], Finding]
+    # By a word and a path: calls of each place that was "called"; of each softmax of NumPy its
+    # "numbers", and the "inexact" ones, whose exp is not correctly rounded.
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    shown: Sample | None = None
+    shown: Sample | None = None  # of the first candidate, rows of the input and of its output
 
     def joined(self, other: Seen) -> Seen:
         """Both as one."""

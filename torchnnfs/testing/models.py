@@ -263,6 +263,12 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
     }
 
 
+def rows_in(input: Any) -> int:
+    """How many rows an input has, along the first axis of its first array."""
+    first = next(iter(leaves(input).values()), None)
+    return len(first) if first is not None and first.ndim else 1
+
+
 def cast(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     """Copies of all tensors in `value` on `device`, the floating-point ones in `dtype`."""
 

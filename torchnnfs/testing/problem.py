@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchnnfs.testing.exact import ESTIMATED, ITSELF, ROUNDING, Exact, Expected
-from torchnnfs.testing.models import Place, convert, leaves, own_dtype, split
+from torchnnfs.testing.models import Place, convert, leaves, own_dtype, rows_in, split
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.reference import Answer, Reference
 from torchnnfs.testing.traces import Call
@@ -21,24 +21,21 @@ _DOUBLE = PRECISIONS["float64"]
 
 
 class Problem:
-    """What is expected of every trace in one dtype.
+    """What is expected, in one dtype, of the rows of the whole from `start` on."""
 
-    Attributes:
-        model: the exact chain of the model itself.
-        exact: that of the reference's layers and parameters, where it is a module with the model's
-            layers; else the model's own.
-        paired: for each place of the model that of `exact`.
-        mismatch: where a reference that is a module has other layers than the model.
-    """
-
-    def __init__(self, model: nn.Module, input: Any, reference: Reference, dtype: torch.dtype):
-        self.reference = reference
+    def __init__(
+        self, model: nn.Module, input: Any, reference: Reference, dtype: torch.dtype, start: int = 0
+    ) -> None:
+        self.input, self.reference = input, reference
+        self.start, self.rows = start, rows_in(input)
         # Somebody's code has the model's own parameters, not those that another dtype stores.
         self.is_own = dtype == own_dtype(model, input)
-        self.model = self.exact = self.end = Exact(model, input, dtype)
+        self.model = self.end = Exact(model, input, dtype)
+        # The chain that judges layers: that of a reference with the model's layers, or the model's.
+        self.exact = self.model
         self.precision = self.model.precision
-        self.paired = {path: path for path in self.model.places}
-        self.mismatch = ""
+        self.paired = {path: path for path in self.model.places}  # to the places of `exact`
+        self.mismatch = ""  # where a reference that is a module has other layers than the model
         if reference.module is not None:
             self.end = Exact(reference.module, input, dtype)
             self.mismatch, pairs = _pair(self.model, self.end)

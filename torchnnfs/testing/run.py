@@ -6,7 +6,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torchnnfs.testing.environment import describe, precision_notes
 from torchnnfs.testing.exact import same_chance
 from torchnnfs.testing.gradients import judge_gradients
 from torchnnfs.testing.inputs import check_finite, check_input
-from torchnnfs.testing.judge import Row, find, find_formula, rows_in, rows_of
+from torchnnfs.testing.judge import Row, find, find_formula, rows_of
 from torchnnfs.testing.merge import Finding, Sample, Seen, merge
 from torchnnfs.testing.models import (
     borrowed,
@@ -30,6 +30,7 @@ from torchnnfs.testing.models import (
     convert,
     leaves,
     own_dtype,
+    rows_in,
     to_numpy,
 )
 from torchnnfs.testing.outcome import Outcome
@@ -43,45 +44,8 @@ from torchnnfs.testing.traces import Trace
 _SHOWN = 30_000
 
 
-class _Batch:
-    """Some rows of the whole, from `start` on, and what is expected of them in each dtype."""
-
-    def __init__(self, model: nn.Module, input: Any, reference: Reference, start: int) -> None:
-        self.model, self.input, self.reference, self.start = model, input, reference, start
-        self.problems: dict[str, Problem] = {}
-
-    def problem(self, dtype: str) -> Problem:
-        if dtype not in self.problems:
-            check_finite(self.model, "model", self.input, DTYPES[dtype])
-            if self.reference.module is not None:
-                check_finite(self.reference.module, "reference", self.input, DTYPES[dtype])
-            self.problems[dtype] = Problem(self.model, self.input, self.reference, DTYPES[dtype])
-        return self.problems[dtype]
-
-    def seen(self, trace: Trace) -> Seen:
-        """What is found of a trace."""
-        problem = self.problem(trace.dtype)
-        found = find(trace, problem, self.start)
-        if all(each.twice for each in found):
-            reasons = "; ".join(problem.exact.failed.values()) or "it shows nothing"
-            raise ValueError(
-                f"compare finds nothing to judge {trace.name} by: the model cannot run in float64 "
-                f"({reasons}), so it needs a reference for its output"
-            )
-        seen = _seen(trace, found)
-        seen.counts.update(("called", call.path) for call in trace.calls)
-        if trace.name == "numpy":
-            _count_inexact(trace, seen)
-        return seen
-
-
 class Run:
-    """One comparison, batch by batch.
-
-    Attributes:
-        traces: all that the candidates showed, where there is one batch that is the whole.
-        setting: what the run depends on, there.
-    """
+    """One comparison, batch by batch."""
 
     def __init__(
         self,
@@ -100,6 +64,7 @@ class Run:
         self.rank, self.processes = (group.rank(), group.size()) if group else (0, 1)
         self.rows = self.batches = self.digest = 0
         self.whole: dict[int, Seen] = {}
+        # Of a batch that is the whole: all that the candidates showed, what the run depends on.
         self.traces: list[Trace] = []
         self.setting: dict[str, Array] | None = None
 
@@ -114,9 +79,10 @@ class Run:
                 path: replace(each, output=_part(each.output, rows)) for path, each in recorded
             }
             reference = replace(reference, recorded=parts)
-        batch = _Batch(self.model, input, reference, self.rows)
+        problems = _problems(self.model, input, reference, self.rows)
         if not self.batches:
-            self.first, self.own, self.dtypes = batch, own_dtype(self.model, input), dtypes
+            self.input, self.first, self.dtypes = input, problems, dtypes
+            self.own = own_dtype(self.model, input)
             self.chosen = [resolved(each, self.own) for each in _expand(self.candidates, self.own)]
         if dtypes != self.dtypes:
             raise ValueError(
@@ -127,37 +93,36 @@ class Run:
         if self.batches % self.processes == self.rank:
             given = self.target if keep else _part(self.target, rows)
             given = target if given is None else given
-            self._judge(batch, given, keep)
+            self._judge(input, problems, given, keep)
         if self.group is not None:
             told = input if self.batches else (input, *self.model.parameters())
             self.digest = _digest(told, self.digest)
         self.batches += 1
         self.rows = rows.stop
 
-    def _judge(self, batch: _Batch, target: Any, keep: bool) -> None:
+    def _judge(self, input: Any, problems: _Problems, target: Any, keep: bool) -> None:
         found: dict[int, Seen] = {}
         places = [*self.reference.sources, *self.reference.recorded]
         for number, candidate in enumerate(self.chosen):
             assert candidate.dtype is not None
             words = f"{candidate.name} on {candidate.device} in {dtype_name(candidate.dtype)}"
             self.progress(words)
-            problem = batch.problem(dtype_name(candidate.dtype))  # what it refuses need not be run
-            trace = candidate.run(self.model, batch.input, places)
+            problem = problems(dtype_name(candidate.dtype))  # what it refuses need not be run
+            trace = candidate.run(self.model, input, places)
             self.progress(f"judging {words}")
-            seen = found[number] = batch.seen(trace)
+            seen = found[number] = _judged(trace, problem)
             if self.backward and candidate.name == "eager":
-                start, input = batch.start, batch.input
-                more = judge_gradients(candidate, self.model, input, target, problem, start)
+                more = judge_gradients(candidate, target, problem)
                 seen.findings |= {each.key: each for each in more}
             if keep:
                 self.traces.append(trace)
             if not number:
-                most = rows_in(batch.input) if keep else _SHOWN
-                first = to_numpy(next(iter(leaves(batch.input).values())))
+                most = problem.rows if keep else _SHOWN
+                first = to_numpy(next(iter(leaves(input).values())))
                 output = next(iter(leaves(trace.output).values()))
-                seen.shown = Sample.of(most, batch.start, *map(np.atleast_1d, (first, output)))
+                seen.shown = Sample.of(most, problem.start, *map(np.atleast_1d, (first, output)))
         if self.reference.judges_output:
-            formula = find_formula(batch.problem(dtype_name(self.own)), batch.start)
+            formula = find_formula(problems(dtype_name(self.own)))
             if formula is not None:
                 found[sys.maxsize] = _seen(*formula)
         self.whole = merge(self.whole, found)
@@ -167,12 +132,12 @@ class Run:
         if not self.batches:
             raise ValueError("compare expects at least one batch, got an empty iterable")
         if self.traces:
-            self.setting = golden.setting(self.model, self.first.input)
+            self.setting = golden.setting(self.model, self.input)
         if golden_file is not None and self.setting is not None:
             recorded = golden.load(golden_file, self.setting)
             for number, trace in enumerate(recorded, len(self.chosen)):
                 try:
-                    self.whole[number] = self.first.seen(trace)
+                    self.whole[number] = _judged(trace, self.first(trace.dtype))
                 except Exception as error:
                     raise ValueError(f"{golden_file!r} is damaged: {error}") from error
         self._check_lengths()
@@ -180,9 +145,9 @@ class Run:
         rows: list[Row] = []
         for number, seen in sorted(self.whole.items()):
             last = number == sys.maxsize
-            problem = self.first.problem(dtype_name(self.own) if last else seen.trace.dtype)
+            problem = self.first(dtype_name(self.own) if last else seen.trace.dtype)
             rows += rows_of(seen.trace, seen.findings.values(), problem)
-        problem = self.first.problem(self.whole[0].trace.dtype)
+        problem = self.first(self.whole[0].trace.dtype)
         notes = [*self.reference.notes, *self._notes(problem)]
         tried: tuple[Control, ...] = ()
         if controls and not all(row.ok for row in rows):
@@ -248,12 +213,10 @@ class Run:
 
     def _controls(self, problem: Problem) -> tuple[Control, ...]:
         eager = next((each for each in self.chosen if each.name == "eager"), self.chosen[0])
-        input = self.first.input
         if self.reference != Reference() or eager is not self.chosen[0]:
             assert eager.dtype is not None
-            problem = Problem(self.model, input, Reference(), eager.dtype)
-        candidate = Candidate("eager", eager.device, eager.dtype)
-        return try_controls(self.model, input, candidate, problem)
+            problem = Problem(self.model, self.input, Reference(), eager.dtype)
+        return try_controls(Candidate("eager", eager.device, eager.dtype), problem)
 
     def _notes(self, problem: Problem) -> Iterator[str]:
         """What the rows do not say: what was paired, what was not called, NumPy's exp."""
@@ -290,7 +253,7 @@ class Run:
             )
             if self.backward:
                 yield "Gradients are of the mean loss of each batch."
-            if _mixes_rows(self.model, self.first.input, self.own):
+            if _mixes_rows(self.model, self.input, self.own):
                 yield (
                     "What comes out for a row depends on the other rows of its batch, or the first "
                     "axis does not count rows: other batches give other numbers."
@@ -314,8 +277,39 @@ def _digest(value: Any, before: int) -> int:
     return before
 
 
+#: What is expected of a batch, by the name of a dtype.
+_Problems = Callable[[str], Problem]
+
+
+def _problems(model: nn.Module, input: Any, reference: Reference, start: int) -> _Problems:
+    @cache
+    def problem(dtype: str) -> Problem:
+        for role, module in (("model", model), ("reference", reference.module)):
+            if module is not None:
+                check_finite(module, role, input, DTYPES[dtype])
+        return Problem(model, input, reference, DTYPES[dtype], start)
+
+    return problem
+
+
+def _judged(trace: Trace, problem: Problem) -> Seen:
+    """What is found of a trace."""
+    found = find(trace, problem)
+    if all(each.twice for each in found):
+        reasons = "; ".join(problem.exact.failed.values()) or "it shows nothing"
+        raise ValueError(
+            f"compare finds nothing to judge {trace.name} by: the model cannot run in float64 "
+            f"({reasons}), so it needs a reference for its output"
+        )
+    seen = _seen(trace, found)
+    seen.counts.update(("called", call.path) for call in trace.calls)
+    if trace.name == "numpy":
+        _count_inexact(trace, seen)
+    return seen
+
+
 def _seen(trace: Trace, found: list[Finding]) -> Seen:
-    bare = Trace(trace.name, trace.device, trace.dtype, (), None)
+    bare = replace(trace, calls=(), output=None, again=None)
     return Seen(bare, {each.key: each for each in found})
 
 
