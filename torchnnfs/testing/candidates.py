@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ from torchnnfs.testing.models import (
     walk,
 )
 from torchnnfs.testing.traces import Call, Formula, Trace, watched
+
+#: From a model and an example input to a function of such inputs.
+Build = Callable[[nn.Module, Any], Callable[..., Any]]
 
 #: The dtypes that can be judged, by name.
 DTYPES = {
@@ -81,43 +85,37 @@ class Candidate:
         Raises:
             ValueError: the candidate cannot compute this model, and why.
         """
-        kind, dtype = KINDS[self.name], self.dtype or torch.float32
+        kind, dtype, calls = KINDS[self.name], self.dtype or torch.float32, list[Call]()
         places = walk(model) if kind.build is None else []
         modules = {place.path: place.module for place in places}
         modules |= {path: model.get_submodule(path) for path in extra if places and path}
         formulas = {place.path: _in_float32 for place in places if kind.numpy and place.layer}
         formulas |= broken or {}
 
-        calls: list[Call] = []
-        again = None
-
         def once() -> Any:
             return _arrays(call(compute, cast(input, self.device, dtype)))
 
-        with torch.no_grad(), self._computing(model, input) as compute:
+        how = borrowed if kind.build is None else partial(_built, self.name, kind.build, input)
+        with torch.no_grad(), how(model, self.device, dtype) as compute:
             for path, formula in formulas.items():
                 vars(modules[path])["forward"] = _computed(modules[path], formula, dtype)
             with watched(modules, calls):
                 output = once()
-            if broken is None:
-                again = once()
+            again = once() if broken is None else None
         return Trace(self.name, str(self.device), dtype_name(dtype), tuple(calls), output, again)
 
-    @contextmanager
-    def _computing(self, model: nn.Module, input: Any) -> Iterator[Callable[..., Any]]:
-        build, dtype = KINDS[self.name].build, self.dtype or torch.float32
-        if build is None:
-            with borrowed(model, self.device, dtype) as compute:
-                yield compute
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # compilers and exporters warn of what they use
-            try:
-                other = copied(model).to(self.device, dtype)
-                yield build(other, cast(input, self.device, dtype))
-            except Exception as error:
-                words = " ".join(str(error).split())[:300]
-                raise ValueError(f"{self.name} cannot compute this model: {words}") from error
+
+@contextmanager
+def _built(
+    name: str, build: Build, input: Any, model: nn.Module, device: Any, dtype: torch.dtype
+) -> Iterator[Callable[..., Any]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # compilers and exporters warn of what they use
+        try:
+            yield build(copied(model).to(device, dtype), cast(input, device, dtype))
+        except Exception as error:
+            words = " ".join(str(error).split())[:300]
+            raise ValueError(f"{name} cannot compute this model: {words}") from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -157,8 +155,9 @@ def choose(
         kind = kind_of(name)
         absent = [each for each in kind.packages if importlib.util.find_spec(each) is None]
         if absent:
-            needs = f"{name} needs {', '.join(absent)}"
-            raise MissingExtraError(f"{needs}: pip install 'torchnnfs[{name}]'")
+            raise MissingExtraError(
+                f"{name} needs {', '.join(absent)}: pip install 'torchnnfs[{name}]'"
+            )
         known = [dtype for dtype in dtypes if dtype is None or dtype_name(dtype) in kind.dtypes]
         if len(kind.dtypes) == 1:  # it has no choice
             known = [None]
@@ -190,21 +189,18 @@ def _in_float32(module: nn.Module, x: np.ndarray) -> np.ndarray:
     """The formula of a layer, as NumPy computes it."""
     layer = layer_of(module)
     assert layer is not None
-    arguments = {name: single(value) for name, value in arguments_of(module).items()}
     with computable(module, layer, x):
-        return layer.forward(single(x), **arguments)
+        return layer.forward(single(x), **single(arguments_of(module)))
 
 
 def single(value: Any) -> Any:
     """Floating-point arrays in float32, everything else as it is."""
-    floating = isinstance(value, np.ndarray) and value.dtype.kind == "f"
-    return value.astype(np.float32) if floating else value
+    return convert(value, np.ndarray, lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x)
 
 
 def _compiled(model: nn.Module, input: Any) -> Callable[..., Any]:
     torch.compiler.reset()  # torch counts each model as a recompilation of the same and gives up
-    whole: Callable[..., Any] = torch.compile(model, fullgraph=True)
-    return whole
+    return torch.compile(model, fullgraph=True)
 
 
 def _onnx(model: nn.Module, input: Any) -> Callable[..., Any]:
@@ -267,16 +263,13 @@ _JAX: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """How a candidate runs: on any device of torch's or on the CPU alone, in which dtypes.
+    """How a candidate runs; the extra of this package that installs what it needs has its name."""
 
-    It builds a function of the input from a copy of the model and an example input. Without that,
-    torch computes the model as it is and shows its places, or NumPy's formulas take the place of
-    the layers. The extra of this package that installs what it needs has its name.
-    """
-
-    build: Callable[[nn.Module, Any], Callable[..., Any]] | None = None
+    # From a copy of the model and an example input to a function; without it torch computes the
+    # model as it is and shows its places, or NumPy's formulas take the place of the layers.
+    build: Build | None = None
     numpy: bool = False
-    anywhere: bool = True
+    anywhere: bool = True  # on any device of torch's, or on the CPU alone
     dtypes: tuple[str, ...] = tuple(DTYPES)
     packages: tuple[str, ...] = ()
 

@@ -200,12 +200,13 @@ def compare(
             "the batches with torch.cat"
         )
     batches = iter([[input]]) if one else _batches(input)
-    places = walk(model)
-    run = Run(model, read(reference, model, places), candidates, backward, target, progress, group)
+    read_from = read(reference, model, walk(model))
+    tell = progress or (lambda words: None)
+    run = Run(model, read_from, candidates, backward, target, tell, group, one)
     # A dtype may overflow: that is judged, and no reason to warn.
     with np.errstate(all="ignore"), _untouched_chance():
         for given, *classes in batches:
-            run.take(given, classes[0] if classes else None, keep=one)
+            run.take(given, classes[0] if classes else None)
         outcome = run.finish(golden_file, controls)
     return Comparison(**vars(outcome), traces=tuple(run.traces), setting=run.setting)
 

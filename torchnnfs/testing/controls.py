@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from torchnnfs.testing.candidates import Candidate, dtype_name, single
-from torchnnfs.testing.exact import known
+from torchnnfs.testing.exact import Expected, known
 from torchnnfs.testing.judge import DIFFERS, EXCESS, judge
 from torchnnfs.testing.layers import Layer, Wrong
 from torchnnfs.testing.layers.softmax import UNSHIFTED
 from torchnnfs.testing.measure import measure
-from torchnnfs.testing.precision import PRECISIONS, Array
+from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.traces import Call, Formula, Trace
 
@@ -68,8 +67,8 @@ def try_controls(candidate: Candidate, problem: Problem) -> tuple[Control, ...]:
             wrongs |= {name: _behind(layer, change) for name, change in AT_THE_END.items()}
         for name, wrong in wrongs.items():
             if name not in tried:
-                control = _try(name, wrong, layer, call, problem, run)
-                tried |= {} if control is None else {name: control}
+                told = _try(name, wrong, layer, call, problem, run)
+                tried |= {name: Control(name, path, *told)} if told else {}
     return tuple(tried.values())
 
 
@@ -80,62 +79,47 @@ def _try(
     call: Call,
     problem: Problem,
     run: Callable[[dict[str, Formula]], Trace],
-) -> Control | None:
+) -> tuple[str, str] | None:
     """Judge one broken copy, and where it is not rejected, ask whether it could be."""
-    path, dtype = call.path, problem.model.dtype
-    arguments = problem.model.arguments[path]
+    arguments, dtype = problem.model.arguments[call.path], problem.model.dtype
 
     def formula(module: nn.Module | None, x: Array) -> Array:
-        given = {"x": x, **arguments}
-        if dtype != torch.float64:
-            given = {key: single(value) for key, value in given.items()}
-        return np.asarray(wrong(given.pop("x"), **given))
+        given = (x, arguments) if dtype == torch.float64 else single((x, arguments))
+        return np.asarray(wrong(given[0], **given[1]))
 
-    if name == UNSHIFTED:
-        return Control(name, path, *_at_size_100(formula, layer, call.input, arguments, problem))
+    if name == UNSHIFTED:  # of the layer alone, on the logits it gets, scaled to size 100
+        x = call.input
+        size = float(x.flat[np.argmax(np.abs(x))]) if x.size else 0.0
+        if not 0 < abs(size) < np.inf:
+            return "indistinguishable", "its logits here are all zero"
+        # With its sign, so that the largest is 100 and not -100.
+        scaled = problem.precision.round(x * (100 / size))
+        expected = known(layer, scaled, None, problem.precision, arguments)
+        ratio = _off(formula(None, scaled), expected, problem.precision)
+        if ratio > 1:
+            return "rejected", _size(ratio)
+        return "indistinguishable", "exp does not overflow here"
     exact_wrong = wrong(call.input, **arguments)
     if exact_wrong is None:
         return None
-    rows = judge(run({path: formula}), problem)
+    rows = judge(run({call.path: formula}), problem)
     row = next((row for row in rows if row.state == DIFFERS), None)
     if row is not None:
         words = _size(row.bound_ratio)
         if row.basis == EXCESS:
             words = f"{row.excess:.3g} times the errors of plain sums"
-        return Control(name, path, "rejected", f"{words} at layer {row.label}")
-    expected = problem.isolated(call)
-    assert expected is not None
-    value, bound = expected.values[""], expected.bounds[""]
-    ratio = measure(exact_wrong, value, bound, PRECISIONS["float64"]).ratio
+        return "rejected", f"{words} at layer {row.label}"
+    ratio = _off(exact_wrong, problem.isolated(call), PRECISIONS["float64"])
     if ratio > 2:
-        words = f"off by {ratio:.3g} times what rounding explains"
-        return Control(name, path, "passed", words)
-    words = "on this input it computes the same"
-    if ratio:
-        words = f"off by {ratio:.2g} of what rounding in {dtype_name(dtype)} explains"
-    return Control(name, path, "indistinguishable", words)
+        return "passed", f"off by {ratio:.3g} times what rounding explains"
+    words = f"off by {ratio:.2g} of what rounding in {dtype_name(dtype)} explains"
+    return "indistinguishable", words if ratio else "on this input it computes the same"
+
+
+def _off(value: Array, expected: Expected | None, precision: Precision) -> float:
+    assert expected is not None
+    return measure(value, expected.values[""], expected.bounds[""], precision).ratio
 
 
 def _size(ratio: float) -> str:
     return f"{ratio:.3g} times its bound" if ratio < np.inf else "infinitely far off"
-
-
-def _at_size_100(
-    formula: Callable[[None, Array], Array],
-    layer: Layer,
-    logits: Array,
-    arguments: dict[str, Any],
-    problem: Problem,
-) -> tuple[str, str]:
-    """The outcome and its reason of the layer alone, on the logits it gets, scaled to size 100."""
-    size = float(logits.flat[np.argmax(np.abs(logits))]) if logits.size else 0.0
-    if not 0 < abs(size) < np.inf:
-        return "indistinguishable", "its logits here are all zero"
-    # With its sign, so that the largest is 100 and not -100.
-    scaled = problem.precision.round(logits * (100 / size))
-    expected = known(layer, scaled, None, problem.precision, arguments)
-    value, bound = expected.values[""], expected.bounds[""]
-    ratio = measure(formula(None, scaled), value, bound, problem.precision).ratio
-    if ratio > 1:
-        return "rejected", _size(ratio)
-    return "indistinguishable", "exp does not overflow here"

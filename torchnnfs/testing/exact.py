@@ -34,6 +34,7 @@ from torchnnfs.testing.models import (
     walk,
 )
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
+from torchnnfs.testing.reference import Given
 from torchnnfs.testing.traces import Call, watched
 
 #: What a row rests on. ROUNDING: a formula and a proven bound. ESTIMATED: a formula or somebody's
@@ -200,8 +201,11 @@ def same_chance() -> Iterator[None]:
 class Exact:
     """The exact chain of a model in one dtype."""
 
-    def __init__(self, model: nn.Module, input: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, input: Any, dtype: torch.dtype, basis: str = ITSELF
+    ) -> None:
         self.model, self.dtype = model, dtype
+        self.basis = basis  # of its float64 run: another model's is no run of its own
         self.precision = PRECISIONS[str(dtype).removeprefix("torch.")]
         places = walk(model)
         self.places = {place.path: place for place in places}
@@ -269,7 +273,7 @@ class Exact:
     def at(
         self,
         path: str,
-        given: tuple[tuple[Any, ...], dict[str, Any]],
+        given: Given,
         error: Any = None,
         precision: Precision | None = None,
     ) -> Expected | None:
@@ -310,7 +314,7 @@ class Exact:
         self,
         path: str,
         module: nn.Module,
-        given: tuple[tuple[Any, ...], dict[str, Any]],
+        given: Given,
         error: Any,
         precision: Precision,
         inner: nn.Module | None = None,
@@ -351,7 +355,7 @@ class Exact:
         except _FAILS as failure:
             self.failed[path] = " ".join(str(failure).split())[:200]
             return None
-        expected.basis, expected.source = ITSELF, "its own float64 run"
+        expected.basis, expected.source = self.basis, "its own float64 run"
         return expected
 
 

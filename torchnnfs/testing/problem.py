@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchnnfs.testing.exact import ESTIMATED, ITSELF, ROUNDING, Exact, Expected
+from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Exact, Expected
 from torchnnfs.testing.models import Place, convert, leaves, own_dtype, rows_in, split
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.reference import Answer, Reference
@@ -37,7 +38,7 @@ class Problem:
         self.paired = {path: path for path in self.model.places}  # to the places of `exact`
         self.mismatch = ""  # where a reference that is a module has other layers than the model
         if reference.module is not None:
-            self.end = Exact(reference.module, input, dtype)
+            self.end = Exact(reference.module, input, dtype, ESTIMATED)
             self.mismatch, pairs = _pair(self.model, self.end)
             if not self.mismatch:
                 self.exact, self.paired = self.end, pairs
@@ -48,24 +49,26 @@ class Problem:
         """What the call's place should give for what it got; None where nobody can say."""
         given = (call.args, call.kwargs)
         path = self.paired.get(call.path)
-        expected = None if path is None else self.exact.at(path, given)
         source = self.reference.sources.get(call.path) if call.path else None
         if source is None or not self.is_own:
-            return self._independent(expected)
+            return None if path is None else self.exact.at(path, given)
         answer = source(given, self.model.dtype != torch.float64)
-        own = None if path is None else self.exact.at(path, given, None, answer.precision)
-        return _allowing(answer, expected, own, self.precision)
+        return self._beside(
+            answer, lambda each: None if path is None else self.exact.at(path, given, None, each)
+        )
 
     def chained(self, index: int) -> Expected | None:
         """What comes out of that step of the chain."""
         chain = self.exact.chain() if self.is_chain else []
-        return self._independent(chain[index]) if index < len(chain) else None
+        return chain[index] if index < len(chain) else None
 
     def recorded(self, path: str) -> Expected:
         """What came out elsewhere at a place within the model."""
-        answer = self.reference.recorded[path]
-        expected = self.model.inside(path, self.precision)
-        own = self.model.inside(path, answer.precision)
+        return self._beside(self.reference.recorded[path], partial(self.model.inside, path))
+
+    def _beside(self, answer: Answer, at: Callable[[Precision], Expected | None]) -> Expected:
+        """What a reference gave; `at` says what rounding explains in a precision."""
+        expected, own = at(self.precision), at(answer.precision)
         return _allowing(answer, expected, own, self.precision)
 
     @cached_property
@@ -108,12 +111,9 @@ class Problem:
         """What the model should give for its input; None where nobody can say."""
         named = "" in self.reference.sources or "" in self.reference.recorded
         if self.formula is not None or (named and not self.is_own):
-            return self._independent(self.model.end())
+            return self.model.end()
         answer = self._answer
-        if answer is None:
-            return self._independent(self.end.end())
-        expected, own = self._sharp(self.precision), self._sharp(answer.precision)
-        return _allowing(answer, expected, own, self.precision)
+        return self.end.end() if answer is None else self._beside(answer, self._sharp)
 
     def _sharp(self, precision: Precision) -> Expected | None:
         """The end by the chain or by the model's own run, whichever allows less.
@@ -125,12 +125,6 @@ class Problem:
             return chain or whole
         bounds = {name: np.minimum(chain.bounds[name], whole.bounds[name]) for name in chain.bounds}
         return replace(whole, bounds=bounds)
-
-    def _independent(self, expected: Expected | None) -> Expected | None:
-        """A float64 run of another model is no run of its own."""
-        if expected is None or self.reference.module is None or expected.basis != ITSELF:
-            return expected
-        return replace(expected, basis=ESTIMATED)
 
     @property
     def unjudged_gradients(self) -> tuple[str, ...]:
@@ -170,7 +164,7 @@ def _allowing(
     answer: Answer,
     expected: Expected | None,
     own: Expected | None,
-    precision: Precision = PRECISIONS["float64"],
+    precision: Precision = _DOUBLE,
 ) -> Expected:
     """What a reference gave, its own rounding errors allowed beside the candidate's."""
     if expected is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache, reduce
 from typing import Any
 
@@ -23,16 +23,7 @@ from torchnnfs.testing.gradients import judge_gradients
 from torchnnfs.testing.inputs import check_finite, check_input
 from torchnnfs.testing.judge import Row, find, find_formula, rows_of
 from torchnnfs.testing.merge import Finding, Sample, Seen, merge
-from torchnnfs.testing.models import (
-    borrowed,
-    call,
-    cast,
-    convert,
-    leaves,
-    own_dtype,
-    rows_in,
-    to_numpy,
-)
+from torchnnfs.testing.models import convert, leaves, own_dtype, rows_in, to_numpy
 from torchnnfs.testing.outcome import Outcome
 from torchnnfs.testing.precision import PRECISIONS, Array
 from torchnnfs.testing.problem import Problem, nominal
@@ -44,80 +35,72 @@ from torchnnfs.testing.traces import Trace
 _SHOWN = 30_000
 
 
+@dataclass
 class Run:
     """One comparison, batch by batch."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        reference: Reference,
-        candidates: Sequence[str | Candidate] | None,
-        backward: bool,
-        target: Any,
-        progress: Callable[[str], object] | None,
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        self.model, self.reference, self.candidates = model, reference, candidates
-        self.backward, self.target = backward, target
-        self.progress = progress or (lambda words: None)
-        self.group = group
-        self.rank, self.processes = (group.rank(), group.size()) if group else (0, 1)
-        self.rows = self.batches = self.digest = 0
-        self.whole: dict[int, Seen] = {}
-        # Of a batch that is the whole: all that the candidates showed, what the run depends on.
-        self.traces: list[Trace] = []
-        self.setting: dict[str, Array] | None = None
+    model: nn.Module
+    reference: Reference
+    candidates: Sequence[str | Candidate] | None
+    backward: bool
+    target: Any
+    progress: Callable[[str], object]
+    group: dist.ProcessGroup | None
+    one: bool  # whether the first batch is the whole: then traces are kept
+    rows: int = 0
+    batches: int = 0
+    digest: int = 0
+    whole: dict[int, Seen] = field(default_factory=dict)
+    traces: list[Trace] = field(default_factory=list)
+    setting: dict[str, Array] | None = None
 
-    def take(self, input: Any, target: Any, keep: bool) -> None:
-        """Judge a batch if it is this process's turn; with `keep`, the only one, keep traces."""
+    def take(self, input: Any, target: Any) -> None:
+        """Judge a batch if it is this process's turn."""
         check_input(input)
         dtypes = {name: each.dtype for name, each in leaves(input).items()}
         rows, reference = slice(self.rows, self.rows + rows_in(input)), self.reference
-        if not keep:
+        if not self.one:
             recorded = reference.recorded.items()
-            parts = {
-                path: replace(each, output=_part(each.output, rows)) for path, each in recorded
-            }
+            parts = {at: replace(each, output=_part(each.output, rows)) for at, each in recorded}
             reference = replace(reference, recorded=parts)
         problems = _problems(self.model, input, reference, self.rows)
         if not self.batches:
             self.input, self.first, self.dtypes = input, problems, dtypes
             self.own = own_dtype(self.model, input)
-            self.chosen = [resolved(each, self.own) for each in _expand(self.candidates, self.own)]
+            self.chosen = _expand(self.candidates, self.own)
         if dtypes != self.dtypes:
             raise ValueError(
                 f"compare expects every batch to be like the first, {_listed(self.dtypes)}, got "
                 f"{_listed(dtypes)} in batch {self.batches}, from row {self.rows} on; convert it "
                 "with .to(dtype)"
             )
-        if self.batches % self.processes == self.rank:
-            given = self.target if keep else _part(self.target, rows)
-            given = target if given is None else given
-            self._judge(input, problems, given, keep)
+        if self.group is None or self.batches % self.group.size() == self.group.rank():
+            given = self.target if self.one else _part(self.target, rows)
+            self._judge(input, problems, target if given is None else given)
         if self.group is not None:
             told = input if self.batches else (input, *self.model.parameters())
             self.digest = _digest(told, self.digest)
         self.batches += 1
         self.rows = rows.stop
 
-    def _judge(self, input: Any, problems: _Problems, target: Any, keep: bool) -> None:
+    def _judge(self, input: Any, problems: _Problems, target: Any) -> None:
         found: dict[int, Seen] = {}
         places = [*self.reference.sources, *self.reference.recorded]
         for number, candidate in enumerate(self.chosen):
-            assert candidate.dtype is not None
-            words = f"{candidate.name} on {candidate.device} in {dtype_name(candidate.dtype)}"
+            dtype = dtype_name(candidate.dtype or self.own)
+            words = f"{candidate.name} on {candidate.device} in {dtype}"
             self.progress(words)
-            problem = problems(dtype_name(candidate.dtype))  # what it refuses need not be run
+            problem = problems(dtype)  # what it refuses need not be run
             trace = candidate.run(self.model, input, places)
             self.progress(f"judging {words}")
             seen = found[number] = _judged(trace, problem)
             if self.backward and candidate.name == "eager":
                 more = judge_gradients(candidate, target, problem)
                 seen.findings |= {each.key: each for each in more}
-            if keep:
+            if self.one:
                 self.traces.append(trace)
             if not number:
-                most = problem.rows if keep else _SHOWN
+                most = problem.rows if self.one else _SHOWN
                 first = to_numpy(next(iter(leaves(input).values())))
                 output = next(iter(leaves(trace.output).values()))
                 seen.shown = Sample.of(most, problem.start, *map(np.atleast_1d, (first, output)))
@@ -133,15 +116,17 @@ class Run:
             raise ValueError("compare expects at least one batch, got an empty iterable")
         if self.traces:
             self.setting = golden.setting(self.model, self.input)
-        if golden_file is not None and self.setting is not None:
+        if self.setting is not None and golden_file is not None:
             recorded = golden.load(golden_file, self.setting)
             for number, trace in enumerate(recorded, len(self.chosen)):
                 try:
                     self.whole[number] = _judged(trace, self.first(trace.dtype))
                 except Exception as error:
                     raise ValueError(f"{golden_file!r} is damaged: {error}") from error
-        self._check_lengths()
-        self._gather()
+        if not self.one:
+            self._check_lengths()
+        if self.group is not None:
+            self._gather(self.group)
         rows: list[Row] = []
         for number, seen in sorted(self.whole.items()):
             last = number == sys.maxsize
@@ -154,7 +139,7 @@ class Run:
             notes.append("Broken copies were not tried: the model itself differs.")
         elif controls:
             self.progress("broken copies")
-            tried = self._controls(problem)
+            tried = self._controls()
         notes += [
             f"{row.dtype} may overflow or cancel out in layer {row.label}: {row.unbounded} "
             f"elements of {row.candidate} are not judged."
@@ -164,7 +149,7 @@ class Run:
         notes += precision_notes([(row.device, row.dtype, row.ok) for row in rows])
         environment = describe(str(each.device) for each in self.chosen)
         if self.group is not None:
-            environment["processes"] = f"{self.processes}, which shared {self.batches} batches"
+            environment["processes"] = f"{self.group.size()}, which shared {self.batches} batches"
         shown = self.whole[0].shown
         assert shown is not None
         input, output = shown.arrays
@@ -180,29 +165,27 @@ class Run:
 
     def _check_lengths(self) -> None:
         """Arrays for all batches together have as many rows as these."""
-        arrays = [(path, each.output) for path, each in self.reference.recorded.items()]
-        named = [
-            (f"the array {f'at {path!r}' if path else 'for the output'}", a) for path, a in arrays
-        ]
+        named = {
+            f"the array {f'at {path!r}' if path else 'for the output'}": each.output
+            for path, each in self.reference.recorded.items()
+        }
         if self.backward and self.target is not None:
-            named.append(("the target", self.target))
-        for name, array in named:
-            if not self.traces and tuple(np.shape(array))[:1] != (self.rows,):
+            named["the target"] = self.target
+        for name, array in named.items():
+            if np.shape(array)[:1] != (self.rows,):
                 raise ValueError(
                     f"compare expects {name} to have a row for each row of the batches, "
                     f"{self.rows}, got one of shape {tuple(np.shape(array))}"
                 )
 
-    def _gather(self) -> None:
+    def _gather(self, group: dist.ProcessGroup) -> None:
         """What every process found, in every process."""
-        if self.group is None:
-            return
-        found: list[Any] = [None] * self.processes
+        found: list[Any] = [None] * group.size()
         same = self.batches, self.rows, self.digest
         try:
-            dist.all_gather_object(found, (same, self.whole), group=self.group)
+            dist.all_gather_object(found, (same, self.whole), group=group)
         except RuntimeError as error:
-            raise RuntimeError(stopped(self.processes, error)) from error
+            raise RuntimeError(stopped(group.size(), error)) from error
         if len({each for each, _ in found}) > 1:
             told = "; ".join(f"{rows} rows in {count} batches" for (count, rows, _), _ in found)
             raise ValueError(
@@ -211,12 +194,13 @@ class Run:
             )
         self.whole = reduce(merge, (whole for _, whole in found))
 
-    def _controls(self, problem: Problem) -> tuple[Control, ...]:
+    def _controls(self) -> tuple[Control, ...]:
         eager = next((each for each in self.chosen if each.name == "eager"), self.chosen[0])
-        if self.reference != Reference() or eager is not self.chosen[0]:
-            assert eager.dtype is not None
-            problem = Problem(self.model, self.input, Reference(), eager.dtype)
-        return try_controls(Candidate("eager", eager.device, eager.dtype), problem)
+        problems = self.first
+        if self.reference != Reference():  # a broken copy is judged by the model itself
+            problems = _problems(self.model, self.input, Reference(), 0)
+        problem = problems(dtype_name(eager.dtype or self.own))
+        return try_controls(replace(eager, name="eager"), problem)
 
     def _notes(self, problem: Problem) -> Iterator[str]:
         """What the rows do not say: what was paired, what was not called, NumPy's exp."""
@@ -315,34 +299,29 @@ def _seen(trace: Trace, found: list[Finding]) -> Seen:
 
 def _mixes_rows(model: nn.Module, input: Any, dtype: torch.dtype) -> bool:
     """Whether one row more in a batch changes what comes out for the others."""
-    rows = rows_in(input)
-    more = convert(input, Tensor, lambda tensor: torch.cat([tensor, tensor[:1]]))
-    with torch.no_grad(), borrowed(model, "cpu", dtype) as run:
-        try:
+    rows, precision = rows_in(input), PRECISIONS[dtype_name(dtype)]
+    eager, outputs = Candidate("eager", "cpu", dtype), []
+    try:
+        for given in (input, convert(input, Tensor, lambda x: torch.cat([x, x[:1]]))):
             with same_chance():
-                few = leaves(convert(call(run, cast(input, "cpu", dtype)), Tensor, to_numpy))
-            with same_chance():
-                many = leaves(convert(call(run, cast(more, "cpu", dtype)), Tensor, to_numpy))
-        except (RuntimeError, ValueError, LookupError):
-            return True
-    if any(value.shape[:1] != (rows,) for value in few.values()):
+                outputs.append(leaves(eager.run(model, given, broken={}).output))
+    except (RuntimeError, ValueError, LookupError):
         return True
-    precision = PRECISIONS[dtype_name(dtype)]
+    few, many = outputs
     return any(
-        bool((np.abs(many[name][:rows] - value) > nominal(value, precision)).any())
+        value.shape[:1] != (rows,)
+        or bool((np.abs(many[name][:rows] - value) > nominal(value, precision)).any())
         for name, value in few.items()
     )
 
 
 def _expand(candidates: Sequence[str | Candidate] | None, own: torch.dtype) -> list[Candidate]:
     if candidates is None:
-        return choose(["eager", "numpy"] if own == torch.float32 else ["eager"])
+        candidates = ["eager", "numpy"] if own == torch.float32 else ["eager"]
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"compare expects a list of candidates, got {candidates!r}")
-    expanded: list[Candidate] = []
-    for candidate in candidates:
-        expanded += [candidate] if isinstance(candidate, Candidate) else choose([candidate])
-    return expanded
+    named = ([each] if isinstance(each, Candidate) else choose([each]) for each in candidates)
+    return [resolved(each, own) for some in named for each in some]
 
 
 def _count_inexact(trace: Trace, seen: Seen) -> None:
