@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchnnfs.testing.layers import Layer
+from torchnnfs.testing.layers import Layer, Maybe
 from torchnnfs.testing.models import (
     Place,
     arguments_of,
@@ -213,7 +213,7 @@ class Exact:
         self.arguments: dict[str, dict[str, Any]] = {}  # of the places that are called
         self.failed: dict[str, str] = {}  # why a place's own float64 run is not to be had
         self.input = convert(cast(input, "cpu", dtype), Tensor, to_numpy)
-        self._wholes: dict[Precision, Expected | None] = {}
+        self._insides: dict[tuple[str, Precision], Expected | None] = {}
         self._chains: dict[Precision, list[Expected]] = {}
         if any(place.layer for place in places):
             self._read(input)
@@ -298,17 +298,13 @@ class Exact:
         moved = self._own_run("", self.model, given, error, PRECISIONS["float64"], parameters=unit)
         return None if moved is None else moved.bounds
 
-    def whole(self, precision: Precision) -> Expected | None:
-        """What comes out of the model by its own float64 run, however deep the chain is."""
-        if precision not in self._wholes:
-            given = split(self.input)
-            self._wholes[precision] = self._own_run("", self.model, given, None, precision)
-        return self._wholes[precision]
-
     def inside(self, path: str, precision: Precision) -> Expected | None:
-        """What comes out of the last call of a module within the model, from the input on."""
-        inner = self.model.get_submodule(path)
-        return self._own_run(path, self.model, split(self.input), None, precision, inner)
+        """What comes out at `path` by the float64 run of the whole model, however deep it is."""
+        if (path, precision) not in self._insides:
+            inner, given = self.model.get_submodule(path), split(self.input)
+            found = self._own_run(path, self.model, given, None, precision, inner)
+            self._insides[path, precision] = found
+        return self._insides[path, precision]
 
     def _own_run(
         self,
@@ -322,11 +318,11 @@ class Exact:
     ) -> Expected | None:
         """The module itself in float64, from numbers as the dtype stores them.
 
-        With `inner`, what comes out of that module within it. With `parameters`, they are off by
-        that relative error, and nothing rounds. None if it cannot run: `failed` says why at `path`.
+        With `inner`, what that module within it gives, when it is called last. With `parameters`,
+        they are off by that relative error, and nothing rounds. None if it cannot run: `failed`
+        says why at `path`.
         """
         stored = state_of(module, "cpu", self.dtype)
-        watch = {} if inner is None else {"": inner}
 
         def run(seed: int | None) -> Any:
             off, errors = shaken(seed), iter(leaves(error).values())
@@ -344,11 +340,11 @@ class Exact:
                 same_chance(),
                 borrowed(module, "cpu", self.dtype, {}),  # what it keeps is stored in that, too
                 borrowed(module, "cpu", torch.float64, state) as compute,
-                watched(watch, calls),
+                watched({"": inner or module}, calls),
                 Arithmetic(precision, None if parameters else seed),
             ):
-                output = compute(*args, **kwargs)
-            return convert(output if inner is None else calls[-1].output, Tensor, to_numpy)
+                compute(*args, **kwargs)
+            return calls[-1].output
 
         try:
             expected = estimate(run, precision)
@@ -360,11 +356,7 @@ class Exact:
 
 
 def known(
-    layer: Layer,
-    x: Array,
-    error: Array | None,
-    precision: Precision,
-    arguments: dict[str, Any],
+    layer: Layer, x: Array, error: Maybe, precision: Precision, arguments: dict[str, Any]
 ) -> Expected:
     """What a layer with a formula gives."""
     limit = layer.bound
@@ -384,12 +376,11 @@ def known(
     def run(seed: int | None) -> Array:
         off = shaken(seed)
         given = off(x, precision.unit * np.abs(x) + (0.0 if error is None else error))
-        others = {
-            name: off(value, precision.unit * np.abs(value))
-            if isinstance(value, np.ndarray) and value.dtype.kind == "f"
-            else value
-            for name, value in arguments.items()
-        }
+        others = convert(
+            arguments,
+            np.ndarray,
+            lambda a: off(a, precision.unit * np.abs(a)) if a.dtype.kind == "f" else a,
+        )
         return np.asarray(layer.forward(given, **others))
 
     return estimate(run, precision)

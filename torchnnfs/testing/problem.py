@@ -90,11 +90,11 @@ class Problem:
         """
         if not self.is_own or not self.reference.judges_output:
             return None
-        ours = self.model.whole(_DOUBLE)
+        ours = self.model.inside("", _DOUBLE)
         if ours is None:
             return None
         if self.reference.module is not None:
-            theirs = self.end.whole(_DOUBLE) if self.mismatch else None
+            theirs = self.end.inside("", _DOUBLE) if self.mismatch else None
             return theirs and _allowing(Answer(theirs.output, _DOUBLE), ours, theirs)
         answer = self._answer
         if answer is None or answer.precision is not _DOUBLE:
@@ -120,7 +120,7 @@ class Problem:
 
         The worst case of a deep chain says nothing.
         """
-        chain, whole = self.model.end(precision), self.model.whole(precision)
+        chain, whole = self.model.end(precision), self.model.inside("", precision)
         if chain is None or whole is None or list(chain.bounds) != list(whole.bounds):
             return chain or whole
         bounds = {name: np.minimum(chain.bounds[name], whole.bounds[name]) for name in chain.bounds}
