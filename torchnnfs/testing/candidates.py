@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,6 @@ from torchnnfs.fused import fuse
 from torchnnfs.testing.models import (
     arguments_of,
     borrowed,
-    call,
     cast,
     computable,
     convert,
@@ -93,7 +92,14 @@ class Candidate:
         formulas |= broken or {}
 
         def once() -> Any:
-            return _arrays(call(compute, cast(input, self.device, dtype)))
+            args, kwargs = split(cast(input, self.device, dtype))
+            output = compute(*args, **kwargs)
+            if not leaves(arrays := convert(output, Tensor, to_numpy)):
+                raise TypeError(
+                    "compare expects a model whose output is a tensor, or tensors in tuples, lists "
+                    f"and dictionaries, got {type(output).__name__}"
+                )
+            return arrays
 
         how = borrowed if kind.build is None else partial(_built, self.name, kind.build, input)
         with torch.no_grad(), how(model, self.device, dtype) as compute:
@@ -121,16 +127,6 @@ def _built(
 def dtype_name(dtype: torch.dtype) -> str:
     """The dtype as NumPy spells it."""
     return str(dtype).removeprefix("torch.")
-
-
-def _arrays(output: Any) -> Any:
-    arrays = convert(output, Tensor, to_numpy)
-    if not leaves(arrays):
-        raise TypeError(
-            "compare expects a model whose output is a tensor, or tensors in tuples, lists and "
-            f"dictionaries, got {type(output).__name__}"
-        )
-    return arrays
 
 
 class MissingExtraError(ImportError):
@@ -166,12 +162,6 @@ def choose(
         places = devices if kind.anywhere else [torch.device("cpu")]
         chosen += [Candidate(name, device, dtype) for device in places for dtype in known]
     return chosen
-
-
-def resolved(candidate: Candidate, own: torch.dtype) -> Candidate:
-    """The candidate with a dtype: its own choice, or `own`, or the only one it computes in."""
-    (only, *others) = KINDS[candidate.name].dtypes
-    return replace(candidate, dtype=candidate.dtype or (own if others else DTYPES[only]))
 
 
 def _computed(module: nn.Module, formula: Formula, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -229,7 +219,7 @@ def _onnx(model: nn.Module, input: Any) -> Callable[..., Any]:
 def _jax(model: nn.Module, input: Any) -> Callable[..., Any]:
     import jax
 
-    layers = []
+    layers: list[tuple[Callable[..., Any], dict[str, Any]]] = []
     double = any(each.dtype == torch.float64 for each in leaves(input).values())
     for place in walk(model):
         name = "a forward of its own" if place.layer is None else place.layer.name
@@ -237,12 +227,12 @@ def _jax(model: nn.Module, input: Any) -> Callable[..., Any]:
             raise ValueError(
                 f"jax follows plain chains of {', '.join(_JAX)}, got {name} ({place.kind})"
             )
-        layers.append((name, arguments_of(place.module)))
+        layers.append((_JAX[name], arguments_of(place.module)))
 
     @jax.jit
     def forward(x: Any) -> Any:
-        for name, arguments in layers:
-            x = _JAX[name](jax, x, **arguments)
+        for layer, arguments in layers:
+            x = layer(jax, x, **arguments)
         return x
 
     def run(given: Any) -> Any:

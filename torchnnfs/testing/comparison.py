@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,14 +50,15 @@ class Comparison(Outcome):
         document = {
             "ok": self.ok,
             "verdict": self.verdict,
-            "first_divergence": None if first is None else self.rows.index(first),
+            "first_divergence": first and self.rows.index(first),
             "unjudged": self.unjudged,
             "environment": self.environment,
             "notes": self.notes,
             "rows": [{**asdict(row), "ok": row.ok} for row in self.rows],
             "controls": [asdict(control) for control in self.controls],
         }
-        return json.dumps(_json_safe(document), indent=2, allow_nan=False)
+        named = json.loads(json.dumps(document), parse_constant=str)
+        return json.dumps(named, indent=2, allow_nan=False)
 
     def to_markdown(self) -> str:
         """The report for a pull request: the verdict, the table, the remarks."""
@@ -102,16 +102,6 @@ class Comparison(Outcome):
 
     def _repr_html_(self) -> str:
         return html.fragment(self)
-
-
-def _json_safe(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json_safe(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_safe(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def compare(

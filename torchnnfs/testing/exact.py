@@ -23,7 +23,6 @@ from torchnnfs.testing.models import (
     Place,
     arguments_of,
     borrowed,
-    call,
     cast,
     computable,
     convert,
@@ -66,12 +65,6 @@ class Expected:
     def values(self) -> dict[str, Array]:
         """The arrays of the result, by their names there; a single one has the empty name."""
         return leaves(self.output)
-
-    @property
-    def error(self) -> Any:
-        """The bounds in the shape of the output."""
-        bounds = iter(self.bounds.values())
-        return convert(self.output, np.ndarray, lambda _: next(bounds))
 
 
 class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -153,12 +146,12 @@ def estimate(run: Callable[[int | None], Any], precision: Precision) -> Expected
     """
     output = run(None)
     exact = leaves(output)
-    spread = {name: np.zeros(value.shape, np.float64) for name, value in exact.items()}
+    spread: dict[str, Array] = {}
     for seed in range(_RUNS):
         for name, value in leaves(run(seed)).items():
             off = np.abs(np.asarray(value, np.float64) - exact[name])
             off = np.where(value == exact[name], 0.0, np.where(np.isnan(off), np.inf, off))
-            spread[name] = np.maximum(spread[name], off)
+            spread[name] = np.maximum(spread.get(name, 0.0), off)
     bounds = {}
     for name, off in spread.items():
         if off.ndim and off.size:
@@ -170,11 +163,11 @@ def estimate(run: Callable[[int | None], Any], precision: Precision) -> Expected
                 columns = finite.max(axis=tuple(range(off.ndim - 1)), keepdims=True)
                 largest = np.minimum(largest, columns)
             off = np.where(np.isfinite(off), largest, np.inf)
-        floating = np.asarray(exact[name]).dtype.kind == "f"
-        size = np.abs(exact[name]) * (precision.unit if floating else 0)
-        bound = _SPREAD * (off + np.where(np.isfinite(size), size, 0.0))
-        stored = precision.stored(exact[name], bound + precision.tiny) if floating else bound
-        bounds[name] = np.array(stored, np.float64)
+        bounds[name] = bound = _SPREAD * np.asarray(off, np.float64)
+        if exact[name].dtype.kind == "f":
+            size = np.abs(exact[name]) * precision.unit
+            bound = bound + _SPREAD * np.where(np.isfinite(size), size, 0.0)
+            bounds[name] = precision.stored(exact[name], bound + precision.tiny)
     return Expected(output, bounds, ESTIMATED)
 
 
@@ -241,11 +234,11 @@ class Exact:
                 handles.enter_context(place.module.register_forward_pre_hook(hook))
                 if plain:
                     vars(place.module)["forward"] = passed_on
-            call(run, cast(input, "cpu", self.dtype))
+            args, kwargs = split(cast(input, "cpu", self.dtype))
+            run(*args, **kwargs)
 
-    def chain(self, precision: Precision | None = None) -> list[Expected]:
+    def chain(self, precision: Precision) -> list[Expected]:
         """What comes out of each step, from the input on, the errors carried along."""
-        precision = precision or self.precision
         if precision not in self._chains:
             found: list[Expected] = []
             given, error = split(self.input), None
@@ -261,21 +254,17 @@ class Exact:
                 if found and _ORDER.index(found[-1].basis) > _ORDER.index(expected.basis):
                     expected.basis = found[-1].basis
                 found.append(expected)
-                given, error = ((expected.output,), {}), expected.error
+                given, error = ((expected.output,), {}), expected.bounds
             self._chains[precision] = found
         return self._chains[precision]
 
-    def end(self, precision: Precision | None = None) -> Expected | None:
+    def end(self, precision: Precision) -> Expected | None:
         """What comes out of the model; None where there is no float64 run of it."""
         chain = self.chain(precision)
         return chain[-1] if len(chain) == len(self.steps) else None
 
     def at(
-        self,
-        path: str,
-        given: Given,
-        error: Any = None,
-        precision: Precision | None = None,
+        self, path: str, given: Given, error: Any = None, precision: Precision | None = None
     ) -> Expected | None:
         """What the place at `path` gives for its arguments, which may be off by `error`.
 

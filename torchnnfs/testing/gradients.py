@@ -20,7 +20,7 @@ from torchnnfs.testing.exact import ROUNDING
 from torchnnfs.testing.layers import softmax
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.merge import Finding
-from torchnnfs.testing.models import borrowed, cast, split, state_of, to_numpy
+from torchnnfs.testing.models import borrowed, cast, leaves, split, state_of, to_numpy
 from torchnnfs.testing.precision import Array, Precision
 from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.traces import Call, watched
@@ -66,16 +66,14 @@ def _run(candidate: Candidate, problem: Problem) -> tuple[Any, Any, dict[str, Te
         elif state[name].is_floating_point():
             state[name].requires_grad_()
     args, kwargs = split(cast(problem.input, device, dtype))
-    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    tensors = list(leaves([args, kwargs]).values())
     for each in tensors:
         each.requires_grad_(each.is_floating_point())
     calls: list[Call] = []
     places = problem.model.places.items()
     known = {path: place.module for path, place in places if place.layer is not None}
-    with (
-        borrowed(model, device, dtype, state) as run,
-        watched(known, calls, lambda tensor: tensor),
-    ):
+    watching = watched(known, calls, lambda tensor: tensor)
+    with borrowed(model, device, dtype, state) as run, watching:
         for module in model.modules():
             if getattr(module, "inplace", False):
                 vars(module)["inplace"] = False  # else the layer's own input would be gone
@@ -123,10 +121,14 @@ def _gradients(
         x, y = to_numpy(call.input), to_numpy(call.output)
         for name, pair in place.layer.backward(x, y, g, precision, **arguments).items():
             if name == "input":
-                if call.input.requires_grad:
-                    given = whole if is_chain and index == 0 else call.input
-                    value = gradient(given) if is_chain else _own(call, g)
-                    yield call.path, f"{call.kind} dL/dx", value, pair
+                if not call.input.requires_grad:
+                    continue
+                value = gradient(whole if is_chain and index == 0 else call.input)
+                if not is_chain:  # that of this layer alone: its input goes elsewhere as well
+                    reached = torch.from_numpy(g).to(call.output.device, call.output.dtype)
+                    own = torch.autograd.grad(call.output, call.input, reached, retain_graph=True)
+                    value = to_numpy(own[0])
+                yield call.path, f"{call.kind} dL/dx", value, pair
                 continue
             # A parametrized layer has no parameter of that name; a tied one has another's.
             full = names.get(id(getattr(place.module, name)))
@@ -144,13 +146,6 @@ def _gradients(
 
 
 _SYMBOLS = {"weight": "dL/dW", "bias": "dL/db"}
-
-
-def _own(call: Call, g: Array) -> Array:
-    """The gradient that this layer alone passes on, where its input goes elsewhere as well."""
-    reached = torch.from_numpy(g).to(call.output.device, call.output.dtype)
-    (grad,) = torch.autograd.grad(call.output, call.input, reached, retain_graph=True)
-    return to_numpy(grad)
 
 
 def _check(output: Any, target: Tensor) -> int:

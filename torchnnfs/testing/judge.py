@@ -120,12 +120,12 @@ def find(trace: Trace, problem: Problem) -> list[Finding]:
         if place and place.layer is None and not place.path and reference.judges_output:
             continue
         isolated = chained = None
-        joined = True
+        follows = True
         if step < len(steps) and call.path == steps[step]:
             chained = problem.chained(step)
             before = split(problem.model.input) if step == 0 else ((last,), {})
-            joined = _same((call.args, call.kwargs), before)
-            if step == 0 and joined:
+            follows = _same((call.args, call.kwargs), before)
+            if step == 0 and follows:
                 isolated = chained  # nothing came before: both are one
             step, last = step + 1, call.output
         if isolated is None or call.path in reference.sources:
@@ -137,7 +137,7 @@ def find(trace: Trace, problem: Problem) -> list[Finding]:
         times[call.path] += 1
         label = place.label if place else call.path
         label += f" (call {times[call.path]})" if times[call.path] > 1 else ""
-        here = Finding(call.path, label, "", call.kind, joined=joined)
+        here = Finding(call.path, label, "", call.kind, follows=follows)
         first, *more = _measured(trace, here, call.output, isolated, chained, problem)
         if isolated and call.path not in reference.sources:
             first = replace(first, sample=_sample(place, call, isolated, problem))
@@ -223,18 +223,15 @@ def _measured(
         yield replace(here, leaf=name, isolated=alone, chained=whole)
 
 
-def _arrays(count: int) -> str:
-    return f"{count} array{'s' * (count != 1)}"
-
-
 def _judged(
     values: list[Array], expected: Expected, index: int, trace: Trace, problem: Problem
 ) -> Measured:
     """One array of an output against the one that is expected at its place."""
     theirs, bounds = list(expected.values.values()), list(expected.bounds.values())
     if len(values) != len(theirs):
+        ours, wanted = (f"{n} array{'s' * (n != 1)}" for n in (len(values), len(theirs)))
         named = f" ({', '.join(expected.bounds)})" if len(theirs) > 1 else ""
-        measured = unlike(_arrays(len(values)), f"{_arrays(len(theirs))}{named}")
+        measured = unlike(ours, wanted + named)
     else:
         exact, bound = theirs[index], bounds[index]
         if bound.shape != exact.shape:
@@ -266,7 +263,7 @@ def row_of(trace: Trace, found: Finding, excess: float | None = None, wrong: boo
         worst, basis = decisive.worst, TWICE
         numbers = f"{worst.expected:.9g} and {worst.value:.9g} at {list(worst.index)}"
         reason = f"two runs on the same input gave {numbers}"
-    if right and not found.joined:
+    if right and not found.follows:
         state = DIFFERS
         reason = "it computes right, but its input is not what the layer before it gave"
     remark = found.remark or _who_is_far(*found.far)
@@ -347,7 +344,7 @@ def _rms(values: Array) -> float:
 
 def _far(trace: Trace, problem: Problem) -> tuple[float, float]:
     """How far candidate and reference are from the model in float64, in bounds."""
-    model, reference = problem.model.end(), problem.output
+    model, reference = problem.model.end(problem.precision), problem.output
     if model is None or reference is None:
         return 0.0, 0.0
     far = []
@@ -381,7 +378,7 @@ def _twice(trace: Trace, problem: Problem) -> Iterator[Finding]:
             yield replace(here, leaf=name, chained=same(value))
         return
     bounds = {name: nominal(value, problem.precision) for name, value in first.items()}
-    known = problem.model.end()
+    known = problem.model.end(problem.precision)
     limits = [] if known is None else list(known.bounds.values())
     if [each.shape for each in limits] == [each.shape for each in first.values()]:
         bounds = {name: 2 * limit for name, limit in zip(first, limits, strict=True)}

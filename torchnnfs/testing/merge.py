@@ -63,7 +63,7 @@ class Finding:
     isolated: Measured | None = None  # on the input that the place really got
     chained: Measured | None = None  # from the model's input on
     sample: Sample | None = None  # input, exact and computed output, for an honest computation
-    joined: bool = True  # whether it got what the place before gave
+    follows: bool = True  # whether it got what the place before gave
     far: tuple[float, float] = (0.0, 0.0)  # of candidate and reference from the model in float64
     allowed: float = 0.0  # the largest bound beside a reference for the output
     remark: str = ""  # what to add where it differs
@@ -74,20 +74,23 @@ class Finding:
         """What is the same in all batches."""
         return self.twice, self.place, self.leaf, self.kind
 
-    def merged(self, other: Finding) -> Finding:
+    def joined(self, other: Finding) -> Finding:
         """Both as one."""
         return replace(
             self,
-            isolated=_both(self.isolated, other.isolated),
-            chained=_both(self.chained, other.chained),
-            sample=_both(self.sample, other.sample),
-            joined=self.joined and other.joined,
+            isolated=join(self.isolated, other.isolated),
+            chained=join(self.chained, other.chained),
+            sample=join(self.sample, other.sample),
+            follows=self.follows and other.follows,
             far=(max(self.far[0], other.far[0]), max(self.far[1], other.far[1])),
             allowed=max(self.allowed, other.allowed),
         )
 
 
-def _both(one: Any, two: Any) -> Any:
+def join(one: Any, two: Any) -> Any:
+    """Both as one: tables entry by entry; where only one of them is there, that one."""
+    if isinstance(one, dict):
+        return {key: join(one.get(key), two.get(key)) for key in {**one, **two}}
     return one.joined(two) if one and two else one or two
 
 
@@ -104,12 +107,5 @@ class Seen:
 
     def joined(self, other: Seen) -> Seen:
         """Both as one."""
-        mine, theirs = self.findings, other.findings
-        both = {key: mine[key].merged(theirs[key]) for key in mine.keys() & theirs.keys()}
-        shown = _both(self.shown, other.shown)
-        return Seen(self.trace, {**mine, **theirs, **both}, self.counts + other.counts, shown)
-
-
-def merge(whole: dict[int, Seen], part: dict[int, Seen]) -> dict[int, Seen]:
-    """What was found of the traces, by their numbers, in more batches."""
-    return {each: _both(whole.get(each), part.get(each)) for each in whole.keys() | part.keys()}
+        findings, shown = join(self.findings, other.findings), join(self.shown, other.shown)
+        return Seen(self.trace, findings, self.counts + other.counts, shown)

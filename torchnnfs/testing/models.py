@@ -286,12 +286,6 @@ def split(input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (input if isinstance(input, tuple) else (input,)), {}
 
 
-def call(function: Callable[..., Any], input: Any) -> Any:
-    """`function` of an input as `split` reads it."""
-    args, kwargs = split(input)
-    return function(*args, **kwargs)
-
-
 def own_dtype(model: nn.Module, input: Any) -> torch.dtype:
     """The dtype of most of the model's numbers; without parameters, that of the input."""
     sizes: Counter[torch.dtype] = Counter()

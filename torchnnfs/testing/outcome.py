@@ -11,26 +11,15 @@ from torchnnfs.testing.precision import Array
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a comparison found.
+    """What a comparison found."""
 
-    Attributes:
-        rows: one `Row` for each candidate and call of a layer, in order.
-        unjudged: the parts of the model that nothing independent judged, by their labels: modules
-            with a forward of their own where no reference was given.
-        controls: what became of deliberately broken copies of the model.
-        environment: versions, devices and settings that the numbers depend on.
-        notes: what a reader has to know beside the rows.
-        input: the model's input; the first array of several.
-        output: what the first candidate gave for it; the first array of several.
-    """
-
-    rows: tuple[Row, ...]
-    unjudged: tuple[str, ...]
-    controls: tuple[Control, ...]
-    environment: dict[str, str]
-    notes: tuple[str, ...]
-    input: Array = field(repr=False)
-    output: Array = field(repr=False)
+    rows: tuple[Row, ...]  # one for each candidate and call of a layer, in order
+    unjudged: tuple[str, ...]  # labels of modules with their own forward and without a reference
+    controls: tuple[Control, ...]  # what became of deliberately broken copies of the model
+    environment: dict[str, str]  # versions, devices and settings that the numbers depend on
+    notes: tuple[str, ...]  # what a reader has to know beside the rows
+    input: Array = field(repr=False)  # the model's; the first array of several
+    output: Array = field(repr=False)  # of the first candidate; the first array of several
 
     @property
     def ok(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Exact, Expected
-from torchnnfs.testing.models import Place, convert, leaves, own_dtype, rows_in, split
+from torchnnfs.testing.models import convert, leaves, own_dtype, rows_in, split
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.reference import Answer, Reference
 from torchnnfs.testing.traces import Call
@@ -59,7 +59,7 @@ class Problem:
 
     def chained(self, index: int) -> Expected | None:
         """What comes out of that step of the chain."""
-        chain = self.exact.chain() if self.is_chain else []
+        chain = self.exact.chain(self.precision) if self.is_chain else []
         return chain[index] if index < len(chain) else None
 
     def recorded(self, path: str) -> Expected:
@@ -111,9 +111,9 @@ class Problem:
         """What the model should give for its input; None where nobody can say."""
         named = "" in self.reference.sources or "" in self.reference.recorded
         if self.formula is not None or (named and not self.is_own):
-            return self.model.end()
+            return self.model.end(self.precision)
         answer = self._answer
-        return self.end.end() if answer is None else self._beside(answer, self._sharp)
+        return self.end.end(self.precision) if answer is None else self._beside(answer, self._sharp)
 
     def _sharp(self, precision: Precision) -> Expected | None:
         """The end by the chain or by the model's own run, whichever allows less.
@@ -161,10 +161,7 @@ def _fitted(output: Any, expected: Expected) -> Any:
 
 
 def _allowing(
-    answer: Answer,
-    expected: Expected | None,
-    own: Expected | None,
-    precision: Precision = _DOUBLE,
+    answer: Answer, expected: Expected | None, own: Expected | None, precision: Precision = _DOUBLE
 ) -> Expected:
     """What a reference gave, its own rounding errors allowed beside the candidate's."""
     if expected is not None:
@@ -190,24 +187,24 @@ def nominal(value: Array, precision: Precision) -> Array:
 def _pair(model: Exact, other: Exact) -> tuple[str, dict[str, str]]:
     """Where the layers of the two first differ, in words, or the places of `other` by ours."""
     ours, theirs = _called(model), _called(other)
-    ends: tuple[Place | None, str] = (None, "nothing more")
-    for (place, expected), (_, got) in zip_longest(ours, theirs, fillvalue=ends):
+    ends = ("", "nothing more")
+    for (path, expected), (_, got) in zip_longest(ours.items(), theirs.items(), fillvalue=ends):
         if expected != got:
-            where = (
-                f"the model's layer {place.label!r} is {expected}" if place else "the model ends"
-            )
+            where = "the model ends"
+            if expected != ends[1]:
+                where = f"the model's layer {model.places[path].label!r} is {expected}"
             return f"where {where}, the reference has {got}", {}
-    return "", {a.path: b.path for (a, _), (b, _) in zip(ours, theirs, strict=True)}
+    return "", dict(zip(ours, theirs, strict=True))
 
 
-def _called(exact: Exact) -> list[tuple[Place, str]]:
-    """The places, and what must be the same of two that are paired: computation and shapes."""
-    found = []
-    for place in exact.places.values():
+def _called(exact: Exact) -> dict[str, str]:
+    """By the path of each place, what two that are paired have in common: formula and shapes."""
+    found = {}
+    for path, place in exact.places.items():
         if place.layer is None:
-            found.append((place, "a module with its own forward"))
-        elif place.path in exact.arguments:
-            arguments = exact.arguments[place.path].items()
+            found[path] = "a module with its own forward"
+        elif path in exact.arguments:
+            arguments = exact.arguments[path].items()
             shapes = [f"{name}={getattr(value, 'shape', value)}" for name, value in arguments]
-            found.append((place, f"{place.layer.name}({', '.join(shapes)})"))
+            found[path] = f"{place.layer.name}({', '.join(shapes)})"
     return found

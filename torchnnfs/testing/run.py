@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchnnfs.testing import golden
-from torchnnfs.testing.candidates import DTYPES, Candidate, choose, dtype_name, resolved
+from torchnnfs.testing.candidates import DTYPES, KINDS, Candidate, choose, dtype_name
 from torchnnfs.testing.controls import Control, try_controls
 from torchnnfs.testing.environment import describe, precision_notes
 from torchnnfs.testing.exact import same_chance
 from torchnnfs.testing.gradients import judge_gradients
 from torchnnfs.testing.inputs import check_finite, check_input
 from torchnnfs.testing.judge import Row, find, find_formula, rows_of
-from torchnnfs.testing.merge import Finding, Sample, Seen, merge
+from torchnnfs.testing.merge import Finding, Sample, Seen, join
 from torchnnfs.testing.models import convert, leaves, own_dtype, rows_in, to_numpy
 from torchnnfs.testing.outcome import Outcome
 from torchnnfs.testing.precision import PRECISIONS, Array
@@ -108,7 +108,7 @@ class Run:
             formula = find_formula(problems(dtype_name(self.own)))
             if formula is not None:
                 found[sys.maxsize] = _seen(*formula)
-        self.whole = merge(self.whole, found)
+        self.whole = join(self.whole, found)
 
     def finish(self, golden_file: str | None, controls: bool) -> Outcome:
         """Join what all processes found, and make rows of it."""
@@ -192,7 +192,7 @@ class Run:
                 f"compare expects all processes to get the same model and batches, got others: "
                 f"{told}; it shares them out itself, so leave out a DistributedSampler"
             )
-        self.whole = reduce(merge, (whole for _, whole in found))
+        self.whole = reduce(join, (whole for _, whole in found))
 
     def _controls(self) -> tuple[Control, ...]:
         eager = next((each for each in self.chosen if each.name == "eager"), self.chosen[0])
@@ -320,8 +320,13 @@ def _expand(candidates: Sequence[str | Candidate] | None, own: torch.dtype) -> l
         candidates = ["eager", "numpy"] if own == torch.float32 else ["eager"]
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"compare expects a list of candidates, got {candidates!r}")
-    named = ([each] if isinstance(each, Candidate) else choose([each]) for each in candidates)
-    return [resolved(each, own) for some in named for each in some]
+    found: list[Candidate] = []
+    for each in candidates:
+        for candidate in [each] if isinstance(each, Candidate) else choose([each]):
+            (only, *others) = KINDS[candidate.name].dtypes
+            dtype = candidate.dtype or (own if others else DTYPES[only])
+            found.append(replace(candidate, dtype=dtype))
+    return found
 
 
 def _count_inexact(trace: Trace, seen: Seen) -> None:
