@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchnnfs.fused import fuse
+from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.models import (
     arguments_of,
     borrowed,
@@ -23,7 +24,6 @@ from torchnnfs.testing.models import (
     computable,
     convert,
     copied,
-    layer_of,
     leaves,
     split,
     to_numpy,
@@ -88,7 +88,11 @@ class Candidate:
         places = walk(model) if kind.build is None else []
         modules = {place.path: place.module for place in places}
         modules |= {path: model.get_submodule(path) for path in extra if places and path}
-        formulas = {place.path: _in_float32 for place in places if kind.numpy and place.layer}
+        formulas: dict[str, Formula] = {
+            place.path: partial(_in_float32, place.module, place.layer)
+            for place in places
+            if kind.numpy and place.layer
+        }
         formulas |= broken or {}
 
         def once() -> Any:
@@ -104,7 +108,7 @@ class Candidate:
         how = borrowed if kind.build is None else partial(_built, self.name, kind.build, input)
         with torch.no_grad(), how(model, self.device, dtype) as compute:
             for path, formula in formulas.items():
-                vars(modules[path])["forward"] = _computed(modules[path], formula, dtype)
+                vars(modules[path])["forward"] = _computed(formula, dtype)
             with watched(modules, calls):
                 output = once()
             again = once() if broken is None else None
@@ -164,21 +168,19 @@ def choose(
     return chosen
 
 
-def _computed(module: nn.Module, formula: Formula, dtype: torch.dtype) -> Callable[..., Tensor]:
+def _computed(formula: Formula, dtype: torch.dtype) -> Callable[..., Tensor]:
     """A forward that computes the formula; what is no integer comes in the dtype."""
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         given: Tensor = next(iter((*args, *kwargs.values())))
-        result = torch.from_numpy(np.array(formula(module, to_numpy(given))))
+        result = torch.from_numpy(np.array(formula(to_numpy(given))))
         return result.to(given.device, dtype if result.is_floating_point() else None)
 
     return forward
 
 
-def _in_float32(module: nn.Module, x: np.ndarray) -> np.ndarray:
+def _in_float32(module: nn.Module, layer: Layer, x: np.ndarray) -> np.ndarray:
     """The formula of a layer, as NumPy computes it."""
-    layer = layer_of(module)
-    assert layer is not None
     with computable(module, layer, x):
         return layer.forward(single(x), **single(arguments_of(module)))
 

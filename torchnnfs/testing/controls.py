@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from torchnnfs.testing.candidates import Candidate, dtype_name, single
 from torchnnfs.testing.exact import Expected, known
@@ -83,7 +82,7 @@ def _try(
     """Judge one broken copy, and where it is not rejected, ask whether it could be."""
     arguments, dtype = problem.model.arguments[call.path], problem.model.dtype
 
-    def formula(module: nn.Module | None, x: Array) -> Array:
+    def formula(x: Array) -> Array:
         given = (x, arguments) if dtype == torch.float64 else single((x, arguments))
         return np.asarray(wrong(given[0], **given[1]))
 
@@ -95,7 +94,7 @@ def _try(
         # With its sign, so that the largest is 100 and not -100.
         scaled = problem.precision.round(x * (100 / size))
         expected = known(layer, scaled, None, problem.precision, arguments)
-        ratio = _off(formula(None, scaled), expected, problem.precision)
+        ratio = _off(formula(scaled), expected, problem.precision)
         if ratio > 1:
             return "rejected", _size(ratio)
         return "indistinguishable", "exp does not overflow here"

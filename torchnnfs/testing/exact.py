@@ -212,11 +212,8 @@ class Exact:
             self._read(input)
 
     def _read(self, input: Any) -> None:
-        """Read the arguments of each place while it is called.
-
-        Parametrized and pruned layers make their weights then. A plain chain without hooks need
-        not compute.
-        """
+        """Read the arguments of each place in its call: pruned layers make their weights then."""
+        # A plain chain without hooks need not compute.
         hooks = any(each._forward_pre_hooks for each in self.model.modules())
         plain = all(place.step for place in self.places.values()) and not hooks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -118,29 +119,26 @@ def source(entry: Any, where: str) -> Source:
     training = parameters_of(compute).get("training")
     named = {"training": False} if training and training.default is training.empty else {}
 
-    def once(given: Given, dtype: str, tensors: bool) -> Answer:
-        def form(array: Array) -> Any:  # it may work in place: a copy of its own
-            own = array.astype(dtype) if array.dtype.kind == "f" else array.copy()
-            return torch.from_numpy(own) if tensors else own
-
-        args, kwargs = convert(given, np.ndarray, form)
-        with torch.no_grad():
-            result = compute(*args, **kwargs, **named)
-        result = getattr(entry, "output", None) if result is None else result
-        if result is None:
-            raise NoAnswerError(
-                f"compare expects {name}.forward {where} to return an array or to set output, "
-                "got neither"
-            )
-        return answer(result, f"{where}, {name},")
+    def form(dtype: str, tensors: bool, array: Array) -> Any:
+        own = array.astype(dtype) if array.dtype.kind == "f" else array.copy()  # to work in place
+        return torch.from_numpy(own) if tensors else own
 
     def run(given: Given, single: bool) -> Answer:
         # In float64 where it can: then a wrong formula cannot hide behind rounding. Some code takes
         # torch's tensors alone.
         failure: Exception | None = None
-        for dtype, tensors in product(("float64", "float32")[: 1 + single], (False, True)):
+        for how in product(("float64", "float32")[: 1 + single], (False, True)):
             try:
-                return once(given, dtype, tensors)
+                args, kwargs = convert(given, np.ndarray, partial(form, *how))
+                with torch.no_grad():
+                    result = compute(*args, **kwargs, **named)
+                result = getattr(entry, "output", None) if result is None else result
+                if result is None:
+                    raise NoAnswerError(
+                        f"compare expects {name}.forward {where} to return an array or to set "
+                        "output, got neither"
+                    )
+                return answer(result, f"{where}, {name},")
             except NoAnswerError:
                 raise
             except Exception as error:
@@ -162,16 +160,14 @@ def answer(found: Any, where: str) -> Answer:
         if isinstance(value, Tensor):
             precisions.append(PRECISIONS.get(str(value.dtype)[6:], PRECISIONS["float64"]))
             return to_numpy(value)
-        converted = np.asarray(value)
+        converted: Array = np.asarray(value)
         kind = converted.dtype.name
         if kind in PRECISIONS:
-            wide: Array = converted.astype(np.float64)
+            converted = converted.astype(np.float64)
             # Float64 that holds numbers of float32 alone was computed in float32.
-            if kind == "float64" and _is_single(wide):
-                kind = "float32"
-            precisions.append(PRECISIONS[kind])
-            return wide
-        if converted.dtype.kind not in "iub":
+            single = kind == "float64" and _is_single(converted)
+            precisions.append(PRECISIONS["float32" if single else kind])
+        elif converted.dtype.kind not in "iub":
             raise NoAnswerError(
                 f"compare expects the reference {where} to give arrays of numbers, got "
                 f"{type(value).__name__} of dtype {converted.dtype}"

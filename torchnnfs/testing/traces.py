@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from torchnnfs.testing.models import convert, to_numpy
 
-#: From a module and the input it got to what takes the place of its output.
-Formula = Callable[[nn.Module, np.ndarray], np.ndarray]
+#: From the input that a module got to what takes the place of its output.
+Formula = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
