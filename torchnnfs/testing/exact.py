@@ -94,10 +94,10 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if getattr(kwargs.get("dtype"), "is_floating_point", False):
             kwargs["dtype"] = torch.float64
         schema, name = func._schema, func.overloadpacket.__name__
-        writes = any(each.alias_info and each.alias_info.is_write for each in schema.arguments)
-        views = not writes and any(each.alias_info for each in schema.returns)
-        if self.exact or views or name in _EXACT:
+        shares = any(each.alias_info and not each.alias_info.is_write for each in schema.returns)
+        if self.exact or name in _EXACT or shares:
             return func(*args, **kwargs)
+        writes = any(each.alias_info and each.alias_info.is_write for each in schema.arguments)
         if not writes:
             args = convert(args, Tensor, lambda tensor: self.moved(tensor, self.precision.unit))
         result = func(*args, **kwargs)
