@@ -123,8 +123,9 @@ def _gradients(
             if name == "input":
                 if not call.input.requires_grad:
                     continue
-                value = gradient(whole if is_chain and index == 0 else call.input)
-                if not is_chain:  # that of this layer alone: its input goes elsewhere as well
+                if is_chain:
+                    value = gradient(call.input if index else whole)
+                else:  # that of this layer alone: its input goes elsewhere as well
                     reached = torch.from_numpy(g).to(call.output.device, call.output.dtype)
                     own = torch.autograd.grad(call.output, call.input, reached, retain_graph=True)
                     value = to_numpy(own[0])

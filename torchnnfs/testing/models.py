@@ -184,15 +184,12 @@ def computable(module: nn.Module, layer: Layer, x: Array) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Place:
-    """A module of the model, what is known of its kind, and whether it is a step of the chain.
-
-    Where nothing is known, its own float64 run judges it.
-    """
+    """A module of the model at which something is judged."""
 
     path: str
     module: nn.Module
-    layer: Layer | None
-    step: bool
+    layer: Layer | None  # what is known of its kind; else its own float64 run judges it
+    step: bool  # of the chain
 
     @property
     def kind(self) -> str:

@@ -116,10 +116,7 @@ class Problem:
         return self.end.end(self.precision) if answer is None else self._beside(answer, self._sharp)
 
     def _sharp(self, precision: Precision) -> Expected | None:
-        """The end by the chain or by the model's own run, whichever allows less.
-
-        The worst case of a deep chain says nothing.
-        """
+        """The end by the chain, or by the model's own run where a deep chain allows more."""
         chain, whole = self.model.end(precision), self.model.inside("", precision)
         if chain is None or whole is None or list(chain.bounds) != list(whole.bounds):
             return chain or whole
