@@ -21,27 +21,19 @@ EXP_ULP = 3.0
 
 @dataclass(frozen=True)
 class Precision:
-    """What an arithmetic rounds to.
+    """What an arithmetic rounds to."""
 
-    Attributes:
-        unit: unit roundoff u of the arithmetic, half the distance from 1 to the next number, and
-            that of the float64 reference on top: both sides round.
-        tiny: smallest normal number of the arithmetic; what is smaller may be flushed to zero.
-        largest: largest finite number of the stored type.
-        digits: significant bits of the stored type.
-        smallest: smallest positive (subnormal) number of the stored type.
-        stored_unit: unit roundoff of the type a result is stored in, when that is another one:
-            half types are computed in float32 and rounded once.
-        stored_tiny: largest error of that rounding near zero.
-    """
-
+    #: Unit roundoff u of the arithmetic, half the distance from 1 to the next number, and that of
+    #: the float64 reference on top: both sides round.
     unit: float
-    tiny: float
-    largest: float
-    digits: int
-    smallest: float
+    tiny: float  # smallest normal number of the arithmetic; below, zero may take its place
+    largest: float  # largest finite number of the stored type
+    digits: int  # significant bits of the stored type
+    smallest: float  # smallest positive (subnormal) number of the stored type
+    #: Unit roundoff of the type a result is stored in, when that is another one: half types are
+    #: computed in float32 and rounded once.
     stored_unit: float = 0.0
-    stored_tiny: float = 0.0
+    stored_tiny: float = 0.0  # largest error of that rounding near zero
 
     @property
     def overflow(self) -> float:

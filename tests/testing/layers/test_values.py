@@ -243,16 +243,6 @@ def test_embeddings_say_which_option_is_wrong():
         dense.EMBEDDING.forward(np.zeros(1), max_norm=2.0, **arguments)
 
 
-def test_batch_norm_wants_both_statistics():
-    arguments = {"weight": None, "bias": None, "eps": 1e-5}
-    for missing in ("running_mean", "running_var"):
-        statistics = {"running_mean": np.ones(1), "running_var": np.ones(1), missing: None}
-        with pytest.raises(
-            ValueError, match=r"running statistics, got None; .*depends on the batch"
-        ):
-            normalise.BATCH_NORM.forward(np.ones((2, 1)), **statistics, **arguments)
-
-
 def test_which_formulas_hold_in_eval_mode_alone():
     layers = [normalise.BATCH_NORM, normalise.LAYER_NORM, pointwise.DROPOUT, pointwise.IDENTITY]
     assert [layer.eval_only for layer in layers] == [True, False, True, False]

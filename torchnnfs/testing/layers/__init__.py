@@ -20,8 +20,11 @@ Forward = Callable[..., Array]
 #: A formula that is wrong, or None where these arguments cannot be broken in this way.
 Wrong = Callable[..., Array | None]
 
-#: Exact gradients and how far computed ones may stray: by "input", "weight", "bias".
-Gradients = dict[str, tuple[Array, Array]]
+#: Exact numbers, and how far computed ones may stray.
+Bounded = tuple[Array, Array]
+
+#: By "input", "weight", "bias".
+Gradients = dict[str, Bounded]
 
 #: A parameter that may be left out.
 Maybe = Array | None
@@ -32,31 +35,25 @@ class Layer:
     """All that is known of one kind of layer.
 
     Infinities are a part of the answers, so its functions are called with NumPy's warnings off.
-
-    Attributes:
-        name: of the formula, for people.
-        forward: ``forward(x, **arguments)``: the formula, in the precision of its arrays.
-        bound: ``bound(x, error, precision, **arguments)``: how far a computed output may stray from
-            ``forward(x)`` when the input has the elementwise absolute error `error`, whatever the
-            order of sums and with or without fused multiply-add. None: it is estimated.
-        backward: ``backward(x, y, g, precision, **arguments)``: the gradients of the loss from the
-            layer's input x, its computed output y and the gradient g that reaches y.
-        controls: formulas that are wrong, by what is wrong: ``wrong(x, **arguments)``.
-        honest: ``honest(x, precision, **arguments)``: errors of plain computations in that
-            precision, for the excess; None where correct computations vary too much for it.
-        eval_only: whether the formula is that of eval mode alone.
-        by_rows: whether each row, along the first of several axes, is computed on its own (but
-            along a `dim`).
     """
 
-    name: str
+    name: str  # of the formula, for people
+    #: ``forward(x, **arguments)``: the formula, in the precision of its arrays.
     forward: Forward
+    #: ``bound(x, error, precision, **arguments)``: how far a computed output may stray from
+    #: ``forward(x)`` when the input has the elementwise absolute error `error`, whatever the order
+    #: of sums and with or without fused multiply-add. None: it is estimated.
     bound: Callable[..., Array] | None = None
+    #: ``backward(x, y, g, precision, **arguments)``: the gradients of the loss from the layer's
+    #: input x, its computed output y and the gradient g that reaches y.
     backward: Callable[..., Gradients] | None = None
+    #: Formulas that are wrong, by what is wrong: ``wrong(x, **arguments)``.
     controls: Mapping[str, Wrong] = field(default_factory=dict)
+    #: ``honest(x, precision, **arguments)``: errors of plain computations in that precision, for
+    #: the excess; None where correct computations vary too much for it.
     honest: Callable[..., Array] | None = None
-    eval_only: bool = False
-    by_rows: bool = False
+    eval_only: bool = False  # whether the formula is that of eval mode alone
+    by_rows: bool = False  # each row, along the first of several axes, by itself (but along a dim)
 
 
 def finished(y: Array, bound: Array, largest: Any, precision: Precision) -> Array:
@@ -70,8 +67,6 @@ def finished(y: Array, bound: Array, largest: Any, precision: Precision) -> Arra
     return np.where(np.abs(y) + bound + largest < precision.overflow, bound, np.inf)
 
 
-def gradient(
-    exact: Array, bound: Array, precision: Precision, largest: Any = 0.0
-) -> tuple[Array, Array]:
+def gradient(exact: Array, bound: Array, precision: Precision, largest: Any = 0.0) -> Bounded:
     """A gradient and its `finished` bound: what it is computed from has no error."""
     return exact, finished(exact, bound, largest, precision)

@@ -10,95 +10,81 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Layer, Maybe, finished, gradient
+from torchnnfs.testing.layers import Gradients, Layer, Maybe, Wrong, finished, gradient
 from torchnnfs.testing.precision import Array, Precision
 
 
-class _Normal(NamedTuple):
-    """Numbers less their mean, over their deviation; and how far computed ones may stray.
-
-    n is ``(x - m) / s``, s the root of the variance and eps; `size` is ``(|x| + |m|) / s``, what
-    cancels where n is computed as ``x / s - m / s``; `inverse` is the largest that ``1 / s`` may
-    be, and `relative` the error of a computed one.
-    """
-
-    value: Array
-    error: Array
-    size: Array
-    inverse: Array
-    relative: Array
+def _affine(weight: Maybe, bias: Maybe, **others: Any) -> tuple[Any, Any]:
+    """What n is multiplied with and what is added; 1 and -0, which change no bit, for None."""
+    return 1.0 if weight is None else weight, -0.0 if bias is None else bias
 
 
-def _scaled(n: Array, weight: Maybe, bias: Maybe) -> Array:
-    """``n w + b``."""
-    n = n if weight is None else n * weight
-    return n if bias is None else n + bias
-
-
-def _scaled_bound(
-    y: Array, normal: _Normal, precision: Precision, weight: Maybe, bias: Maybe
+def _affine_bound(
+    precision: Precision, w: Any, b: Any, n: Array, wrong: Array, size: Array, inverse: Array
 ) -> Array:
-    """``|w| a + gamma(2) (|w| (|n| + a) + |b|)``, a the error of n."""
-    w, b = np.abs(1.0 if weight is None else weight), np.abs(0.0 if bias is None else bias)
-    size = w * (np.abs(normal.value) + normal.error) + b
-    bound = w * (normal.error + precision.tiny) + precision.gamma(2) * size
+    """``|w| a + gamma(2) (|w| (|n| + a) + |b|)`` for ``y = n w + b``, a the error of n."""
+    y, w, b = n * w + b, np.abs(w), np.abs(b)
+    bound = w * (wrong + precision.tiny) + precision.gamma(2) * (w * (np.abs(n) + wrong) + b)
     # w / s may be flushed before it is multiplied with x and m.
-    bound = bound + precision.tiny * (4 + normal.size / normal.inverse)
-    return finished(y, bound, w * normal.size + b, precision)
+    bound = bound + precision.tiny * (4 + size / inverse)
+    return finished(y, bound, w * size + b, precision)
 
 
-def _parameters(
-    g: Array, n: Array, wrong: Array, rows: tuple[int, ...], precision: Precision, **kept: Maybe
+def _affine_backward(
+    g: Array, n: Array, wrong: Array, rows: Sequence[int], precision: Precision, **named: Any
 ) -> Gradients:
-    """``dL/dw = sum g n`` with n wrong by `wrong`, ``dL/db = sum g``: sums over the `rows`.
+    """``dL/dw = sum g n`` with n wrong by `wrong`, ``dL/db = sum g``: sums over the axes `rows`.
 
     Of half types torch adds some up as stored on the CPU.
     """
-    count = math.prod(g.shape[axis] for axis in rows)
-    found = {}
+    axes, found = tuple(rows), {}
+    count = math.prod(g.shape[axis] for axis in axes)
     for name, factor, error in (("weight", n, wrong), ("bias", np.ones_like(g), 0.0)):
         size = np.abs(g) * (error + (count + 2) * precision.roundoff * (np.abs(factor) + error))
-        bound = np.sum(size, axis=rows) + precision.tiny * count
-        if kept[name] is not None:
-            found[name] = gradient(np.sum(g * factor, axis=rows), bound, precision)
+        bound = np.sum(size, axis=axes) + precision.tiny * count
+        if named[name] is not None:
+            found[name] = gradient(np.sum(g * factor, axis=axes), bound, precision)
     return found
 
 
 def _normal(
     x: Array, error: Array, precision: Precision, axes: tuple[int, ...], eps: float, kept: float
-) -> _Normal:
-    """As `layer_norm_bound` derives it; m and 1 / s are `kept` with that relative error."""
+) -> tuple[Array, ...]:
+    """What `layer_bound` derives: n and its error, and three numbers more.
 
-    def mean(a: Array) -> Array:
-        found: Array = np.mean(a, axis=axes, keepdims=True)
-        return found
-
+    They are ``(|x| + |m|) / s``, what cancels where n is computed as ``x / s - m / s``; the largest
+    that ``1 / s`` may be; and the relative error of a computed one. m and 1 / s are `kept` with
+    that relative error.
+    """
     count = math.prod(x.shape[axis] for axis in axes)
+    mean = partial(np.mean, axis=axes, keepdims=True)
     m = mean(x)
     s = np.sqrt(mean((x - m) ** 2) + eps)
-    value = (x - m) / s
-    drift = np.sqrt(mean(error * error))
+    n, far, e, drift = (x - m) / s, np.abs(x) + error, mean(error), np.sqrt(mean(error * error))
     inverse = 1 / np.maximum(s - drift, math.sqrt(eps))
-    moved = ((1 - 2 / count) * error + mean(error) + np.abs(value) * drift) * inverse
+    moved = ((1 - 2 / count) * error + e + np.abs(n) * drift) * inverse
     # No n is larger than the root of how many there are.
-    moved = np.fmin(moved, np.abs(value) + math.sqrt(count))
-
-    far = np.abs(x) + error
+    moved = np.fmin(moved, np.abs(n) + math.sqrt(count))
     largest = np.max(far, axis=axes, keepdims=True)
     q = precision.gamma(count) * mean(far) + precision.gamma(4 + 2 * math.log(count)) * largest
     q = q * inverse
     eta = q * (math.sqrt(8) + q) + precision.gamma(count + 6) + 2 * precision.tiny * inverse**2
     # Infinite where nothing is known of s.
     relative = (1 + precision.gamma(4)) / np.sqrt(np.fmax(1 - eta, 0)) - 1 + kept
-    size = (far + np.abs(m) + mean(error)) * inverse
+    size = (far + np.abs(m) + e) * inverse
     rounded = q + (precision.gamma(4) + kept) * size + precision.tiny * inverse
-    rounded = rounded + relative * (np.abs(value) + moved + rounded)
+    rounded = rounded + relative * (np.abs(n) + moved + rounded)
     overflows = 4 * np.sum(far * far, axis=axes, keepdims=True) > precision.overflow
-    return _Normal(value, moved + np.where(overflows, np.inf, rounded), size, inverse, relative)
+    return n, moved + np.where(overflows, np.inf, rounded), size, inverse, relative
+
+
+def _last(normalized_shape: Sequence[int], **others: Any) -> tuple[int, ...]:
+    return tuple(range(-len(normalized_shape), 0))
 
 
 def layer_norm(
@@ -108,14 +94,14 @@ def layer_norm(
 
     m and v are the mean and the variance of x over its last axes, those of `normalized_shape`.
     """
-    axes = tuple(range(-len(normalized_shape), 0))
-    centred = x - np.mean(x, axis=axes, keepdims=True)
-    deviation = np.sqrt(np.mean(centred**2, axis=axes, keepdims=True) + eps)
-    return _scaled(centred / deviation, weight, bias)
+    mean = partial(np.mean, axis=_last(normalized_shape), keepdims=True)
+    centred, (w, b) = x - mean(x), _affine(weight, bias)
+    y: Array = centred / np.sqrt(mean(centred**2) + eps) * w + b
+    return y
 
 
-def layer_norm_bound(x: Array, error: Array, precision: Precision, **arguments: Any) -> Array:
-    """That of `_scaled_bound`; the error of n has two parts.
+def layer_bound(x: Array, error: Array, precision: Precision, **named: Any) -> Array:
+    """That of `_affine_bound`; the error of n has two parts.
 
     What came in moves ``x_i - m`` by ``(1 - 2/k) e_i + mean e``, with k numbers in a row. It moves
     s, which is a norm of the row, by ``d = sqrt(mean e^2)``. So n moves by
@@ -131,130 +117,100 @@ def layer_norm_bound(x: Array, error: Array, precision: Precision, **arguments: 
 
     A variance as ``mean x^2 - m^2`` is not covered where m is large against s: it is unstable.
     """
-    axes = tuple(range(-len(arguments["normalized_shape"]), 0))
-    normal = _normal(x, error, precision, axes, arguments["eps"], 0.0)
-    kept = {name: arguments[name] for name in ("weight", "bias")}
-    return _scaled_bound(layer_norm(x, **arguments), normal, precision, **kept)
+    normal = _normal(x, error, precision, _last(**named), named["eps"], 0.0)
+    return _affine_bound(precision, *_affine(**named), *normal[:-1])
 
 
-def layer_norm_backward(
-    x: Array, y: Array, g: Array, precision: Precision, **arguments: Any
-) -> Gradients:
+def layer_backward(x: Array, y: Array, g: Array, precision: Precision, **named: Any) -> Gradients:
     """``dL/dx = (h - mean h - n mean(h n)) / s`` with ``h = g w``, and those of w and b.
 
     Every n and 1 / s has the error of the forward pass, and of half types torch keeps m and 1 / s
     as stored. Sums of k numbers round by ``gamma(k)``.
     """
-    weight = arguments["weight"]
-    axes = tuple(range(-len(arguments["normalized_shape"]), 0))
-    zero, kept = np.zeros_like(x), precision.stored_unit
-    n, wrong, size, inverse, relative = _normal(x, zero, precision, axes, arguments["eps"], kept)
-    h = g if weight is None else g * weight
-    means = np.mean([h, h * n, np.abs(h)], axis=axes, keepdims=True)
-    roundings = precision.gamma(math.prod(x.shape[axis] for axis in axes) + 6)
-    exact = (h - means[0] - n * means[1]) * inverse
-    wrong_mean = np.mean(np.abs(h) * (wrong + roundings * (size + wrong)), axes, keepdims=True)
-    largest = np.abs(means[1]) + wrong_mean
-    bound = roundings * means[2] + precision.gamma(4) * (np.abs(h) + size * largest)
-    bound = bound + np.abs(n) * wrong_mean + wrong * largest + 4 * precision.tiny
+    axes, zero, kept = _last(**named), np.zeros_like(x), precision.stored_unit
+    n, wrong, size, inverse, relative = _normal(x, zero, precision, axes, named["eps"], kept)
+    w, gamma = _affine(**named)[0], precision.gamma(math.prod(named["normalized_shape"]) + 6)
+    h = g * w
+    terms = [h, h * n, np.abs(h), np.abs(h) * (wrong + gamma * (size + wrong))]
+    mean, slope, mean_size, wrong_slope = np.mean(terms, axis=axes, keepdims=True)
+    exact, far_slope = (h - mean - n * slope) * inverse, np.abs(slope) + wrong_slope
+    bound = gamma * mean_size + precision.gamma(4) * (np.abs(h) + size * far_slope)
+    bound = bound + np.abs(n) * wrong_slope + wrong * far_slope + 4 * precision.tiny
     bound = bound * inverse * (1 + relative) + relative * np.abs(exact)
-    rows = tuple(range(x.ndim - len(axes)))
-    found = _parameters(g, n, wrong, rows, precision, weight=weight, bias=arguments["bias"])
     # torch multiplies g, w, x and 1 / s^3 in an order that may overflow, or be flushed to zero,
     # where the result is not.
     total = np.sum(np.abs(g) + np.abs(h), axis=axes, keepdims=True)
     far = 1 + np.max(np.abs(x), axis=axes, keepdims=True)
-    largest = total * far * (1 + inverse**3)
-    w = np.abs(1.0 if weight is None else weight)
-    bound = bound + precision.tiny * (w + 4 * far * (1 + total * far))
-    return {"input": gradient(exact, bound, precision, largest), **found}
+    bound = bound + precision.tiny * (np.abs(w) + 4 * far * (1 + total * far))
+    found = _affine_backward(g, n, wrong, range(x.ndim - len(axes)), precision, **named)
+    return {"input": gradient(exact, bound, precision, total * far * (1 + inverse**3)), **found}
 
 
 def _channels(
-    x: Array, running_mean: Maybe, running_var: Maybe, weight: Maybe, bias: Maybe, eps: float
-) -> tuple[Array, Array, Maybe, Maybe]:
-    """Mean, ``1 / s``, weight and bias in shapes that fit x."""
-    if running_mean is None or running_var is None:
-        raise ValueError(
-            "compare expects BatchNorm to have running statistics, got None; "
-            "with track_running_stats=False its output depends on the batch"
-        )
-    shape = (-1,) + (1,) * (x.ndim - 2)
-    weight, bias = (None if each is None else each.reshape(shape) for each in (weight, bias))
-    inverse = 1 / np.sqrt(running_var + eps)
-    return running_mean.reshape(shape), inverse.reshape(shape), weight, bias
+    x: Array, running_mean: Array, running_var: Array, weight: Maybe, bias: Maybe, eps: float
+) -> tuple[Array, Array, Any, Any]:
+    """Mean, ``1 / s``, and what is multiplied with and added, in shapes that fit x."""
+    shape, inverse = (-1,) + (1,) * (x.ndim - 2), 1 / np.sqrt(running_var + eps)
+    affine = _affine(*(each if each is None else each.reshape(shape) for each in (weight, bias)))
+    return running_mean.reshape(shape), inverse.reshape(shape), *affine
 
 
 def batch_norm(
-    x: Array, running_mean: Maybe, running_var: Maybe, weight: Maybe, bias: Maybe, eps: float
+    x: Array, running_mean: Array, running_var: Array, weight: Maybe, bias: Maybe, eps: float
 ) -> Array:
     """``y = (x - m) / sqrt(v + eps) w + b`` for each channel, m and v the running statistics."""
-    mean, inverse, *kept = _channels(x, running_mean, running_var, weight, bias, eps)
-    return _scaled((x - mean) * inverse, *kept)
+    mean, inverse, w, b = _channels(x, running_mean, running_var, weight, bias, eps)
+    y: Array = (x - mean) * inverse * w + b
+    return y
 
 
-def batch_norm_bound(x: Array, error: Array, precision: Precision, **arguments: Any) -> Array:
-    """That of `_scaled_bound`, ``a = (e + gamma(5) (|x - m| + e) + gamma(4) (|x| + e + |m|)) / s``.
+def batch_bound(x: Array, error: Array, precision: Precision, **named: Any) -> Array:
+    """That of `_affine_bound`, ``a = (e + gamma(5) (|x - m| + e) + gamma(4) (|x| + e + |m|)) / s``.
 
     ``1 / s`` rounds up to five times: eps, sum, root and quotient, or a root and quotient in one,
     right to two units in the last place. As torch computes y, ``(w / s) x + (b - m w / s)``, x and
     m are rounded three times before they cancel.
     """
-    mean, inverse, *kept = _channels(x, **arguments)
-    far, gamma = np.abs(x) + error + np.abs(mean), precision.gamma
+    mean, inverse, w, b = _channels(x, **named)
+    n, far, gamma = (x - mean) * inverse, np.abs(x) + error + np.abs(mean), precision.gamma
     wrong = error + gamma(5) * (np.abs(x - mean) + error) + gamma(4) * far + precision.tiny
-    normal = _Normal((x - mean) * inverse, wrong * inverse, far * inverse, inverse, inverse)
-    return _scaled_bound(batch_norm(x, **arguments), normal, precision, *kept)
+    return _affine_bound(precision, w, b, n, wrong * inverse, far * inverse, inverse)
 
 
-def batch_norm_backward(
-    x: Array, y: Array, g: Array, precision: Precision, **arguments: Any
-) -> Gradients:
+def batch_backward(x: Array, y: Array, g: Array, precision: Precision, **named: Any) -> Gradients:
     """``dL/dx = g w / s``, ``dL/dw = sum g (x - m) / s``, ``dL/db = sum g``."""
-    mean, inverse, weight, _ = _channels(x, **arguments)
-    exact, n = _scaled(g * inverse, weight, None), (x - mean) * inverse
+    mean, inverse, w, _ = _channels(x, **named)
+    exact, n, gamma = g * inverse * w, (x - mean) * inverse, precision.gamma(8)
     # Of three factors the product of any two may be flushed.
-    flushed = 2 + inverse + np.abs(g) + np.abs(1.0 if weight is None else weight)
-    bound = precision.gamma(8) * np.abs(exact) + precision.tiny * flushed
-    wrong = precision.gamma(8) * np.abs(n) + precision.tiny
-    kept = {name: arguments[name] for name in ("weight", "bias")}
-    found = _parameters(g, n, wrong, (0, *range(2, x.ndim)), precision, **kept)
+    bound = gamma * np.abs(exact) + precision.tiny * (2 + inverse + np.abs(g) + np.abs(w))
+    wrong, rows = gamma * np.abs(n) + precision.tiny, (0, *range(2, x.ndim))
+    found = _affine_backward(g, n, wrong, rows, precision, **named)
     return {"input": gradient(exact, bound, precision, np.abs(g) * inverse), **found}
 
 
-def _of_a_sample(x: Array, normalized_shape: tuple[int, ...], **others: Any) -> Array | None:
-    """With the variance divided by k - 1 in the place of k."""
-    count = math.prod(normalized_shape)
-    if count == 1:
-        return None
-    factor, weight = math.sqrt(count / (count - 1)), others.pop("weight")
-    weight = np.ones(normalized_shape) if weight is None else weight
-    return layer_norm(x * factor, normalized_shape, weight / factor, **others)
+def _of_a_sample(
+    x: Array, normalized_shape: Sequence[int], weight: Maybe, bias: Maybe, eps: float
+) -> Array | None:
+    """With the variance divided by k - 1 in the place of k: then s is that much larger."""
+    part = 1 - 1 / math.prod(normalized_shape)
+    w = _affine(weight, bias)[0] * math.sqrt(part)
+    return layer_norm(x, normalized_shape, w, bias, eps * part) if part else None
 
 
-def _by_its_batch(x: Array, running_mean: Array, running_var: Array, **others: Any) -> Array:
+def _by_its_batch(x: Array, running_mean: Array, running_var: Array, **named: Any) -> Array:
     rows = (0, *range(2, x.ndim))
-    return batch_norm(x, np.mean(x, axis=rows), np.var(x, axis=rows), **others)
+    return batch_norm(x, np.mean(x, axis=rows), np.var(x, axis=rows), **named)
 
 
-LAYER_NORM = Layer(
-    "layer norm",
-    layer_norm,
-    layer_norm_bound,
-    layer_norm_backward,
-    {
-        "layer norm without eps": lambda x, eps, **others: layer_norm(x, eps=0.0, **others),
-        "layer norm by the variance of a sample": _of_a_sample,
-    },
-)
+_BROKEN_LAYER_NORMS: dict[str, Wrong] = {
+    "layer norm without eps": lambda x, eps, **named: layer_norm(x, eps=0.0, **named),
+    "layer norm by the variance of a sample": _of_a_sample,
+}
+_BROKEN_BATCH_NORMS: dict[str, Wrong] = {
+    "batch norm without eps": lambda x, eps, **named: batch_norm(x, eps=0.0, **named),
+    "batch norm by the statistics of the batch": _by_its_batch,
+}
+LAYER_NORM = Layer("layer norm", layer_norm, layer_bound, layer_backward, _BROKEN_LAYER_NORMS)
 BATCH_NORM = Layer(
-    "batch norm",
-    batch_norm,
-    batch_norm_bound,
-    batch_norm_backward,
-    {
-        "batch norm without eps": lambda x, eps, **others: batch_norm(x, eps=0.0, **others),
-        "batch norm by the statistics of the batch": _by_its_batch,
-    },
-    eval_only=True,
+    "batch norm", batch_norm, batch_bound, batch_backward, _BROKEN_BATCH_NORMS, eval_only=True
 )
