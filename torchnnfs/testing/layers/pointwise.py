@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Forward, Gradients, Layer, finished, gradient
+from torchnnfs.testing.layers import Forward, Gradients, Layer, Wrong, finished, gradient
 from torchnnfs.testing.precision import EXP_ULP, Array, Precision
 
 _EXP = 2 * EXP_ULP  # in units roundoff
@@ -30,7 +30,7 @@ def pointwise(
     forward: Forward,
     slope: Callable[..., tuple[Any, Any]],
     rounds: Callable[..., Array] | None = None,
-    turns: Callable[..., tuple[float, ...]] = lambda **arguments: (),
+    turns: tuple[float, ...] = (),
     **others: Any,
 ) -> Layer:
     """The layer of a function that is convex, or monotone between its `turns`.
@@ -46,13 +46,11 @@ def pointwise(
         change = np.where(np.isfinite(y), 0.0, np.inf)
         if error.any():
             low, high = x - error, x + error
-            size = np.abs(y)
-            for end in (low, high, *(np.clip(t, low, high) for t in turns(**arguments))):
-                value = forward(end, **arguments)
-                change = np.maximum(change, np.abs(value - y))
-                size = np.maximum(size, np.abs(value))
+            ends = [low, high, *(np.clip(turn, low, high) for turn in turns)]
+            values = [forward(end, **arguments) for end in ends]
+            change = np.max(np.abs(np.subtract(values, y)), axis=0)
             # The ends and the differences round in float64.
-            change += (error > 0) * 2.0**-51 * size
+            change += (error > 0) * 2.0**-51 * np.max(np.abs([y, *values]), axis=0)
             change = np.where(np.isnan(change), np.inf, change)
         if rounds is None:
             return change + precision.tiny
@@ -119,8 +117,9 @@ def sigmoid(x: Array) -> Array:
 
 _ERFC = np.vectorize(math.erfc, otypes=[float])
 _SLOPE, _CUBE = math.sqrt(2 / math.pi), 0.044715
+_OTHER = {"none": "tanh", "tanh": "none"}
 #: Where the two forms of GELU are least.
-_LEAST = {"none": -0.7517915246935645, "tanh": -0.752461422071016}
+_LEAST = -0.7517915246935645, -0.752461422071016
 #: Roundings of erf or tanh at a rounded argument, and three more of the sum and the products.
 _ROUNDINGS = {"none": _EXP + 2 + 3, "tanh": _EXP + 7 + 3}
 
@@ -175,31 +174,34 @@ def _gelu_slope(x: Array, y: Array, precision: Precision, approximate: str) -> t
     return slope, wrong + precision.gamma(2) * (np.abs(slope) + wrong)
 
 
-RELU = pointwise(
-    "relu",
-    relu,
-    lambda x, y, precision: (x > 0, 0.0),
-    controls={
-        "ReLU left out": identity,
-        "leaky ReLU, slope 1e-2": lambda x: leaky_relu(x, 1e-2),
-        "leaky ReLU, slope 1e-4": lambda x: leaky_relu(x, 1e-4),
-    },
-)
+_BROKEN_RELUS: dict[str, Wrong] = {
+    "ReLU left out": identity,
+    "leaky ReLU, slope 1e-2": lambda x: leaky_relu(x, 1e-2),
+    "leaky ReLU, slope 1e-4": lambda x: leaky_relu(x, 1e-4),
+}
+_BROKEN_LEAKY_RELUS: dict[str, Wrong] = {
+    "leaky ReLU, slope 1 % too large": lambda x, negative_slope: (
+        leaky_relu(x, 1.01 * negative_slope) if negative_slope else None
+    )
+}
+_BROKEN_GELUS: dict[str, Wrong] = {
+    "GELU in its other form": lambda x, approximate: gelu(x, _OTHER[approximate])
+}
+
+IDENTITY = pointwise("identity", identity, lambda x, y, precision: (1.0, 0.0))
+DROPOUT = replace(IDENTITY, name="dropout", eval_only=True)
+RELU = pointwise("relu", relu, lambda x, y, precision: (x > 0, 0.0), controls=_BROKEN_RELUS)
 LEAKY_RELU = pointwise(
     "leaky relu",
     leaky_relu,
     lambda x, y, precision, negative_slope: (
         np.where(x > 0, 1.0, negative_slope),
-        np.where(x > 0, 0.0, _leaky_size(precision, negative_slope)),
+        (x <= 0) * _leaky_size(precision, negative_slope),
     ),
     lambda x, error, precision, negative_slope: (
         _leaky_size(precision, negative_slope) * np.maximum(error - x, 0)
     ),
-    controls={
-        "leaky ReLU, slope 1 % too large": lambda x, negative_slope: (
-            leaky_relu(x, 1.01 * negative_slope) if negative_slope else None
-        )
-    },
+    controls=_BROKEN_LEAKY_RELUS,
 )
 TANH = pointwise(
     "tanh",
@@ -221,17 +223,4 @@ SIGMOID = pointwise(
     lambda x, error, precision: precision.gamma(_EXP + 2) * np.maximum(sigmoid(x + error), 0.5),
     controls={"sigmoid left out": identity},
 )
-GELU = pointwise(
-    "gelu",
-    gelu,
-    _gelu_slope,
-    _gelu_rounds,
-    lambda approximate: (_LEAST[approximate],),
-    controls={
-        "GELU in its other form": lambda x, approximate: gelu(
-            x, "none" if approximate == "tanh" else "tanh"
-        )
-    },
-)
-IDENTITY = pointwise("identity", identity, lambda x, y, precision: (1.0, 0.0))
-DROPOUT = replace(IDENTITY, name="dropout", eval_only=True)
+GELU = pointwise("gelu", gelu, _gelu_slope, _gelu_rounds, _LEAST, controls=_BROKEN_GELUS)
