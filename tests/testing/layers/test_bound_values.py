@@ -286,7 +286,7 @@ def test_convolution_gradients(precision):
 @both
 def test_embedding_bounds_and_gradients(precision):
     weight = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    named = {"weight": weight, "max_norm": None, "padding_idx": 1, "scale_grad_by_freq": False}
+    named = {"weight": weight, "padding_idx": 1, "scale_grad_by_freq": False}
     x, g = np.array([0, 2, 0, 1]), np.array([[1.0, 2.0], [-3.0, 4.0], [5.0, -7.0], [1.0, 1.0]])
     same(dense.EMBEDDING.bound(x, np.array([0, 0.49, 0, 0]), precision, **named), [[TINY] * 2] * 4)
     assert dense.EMBEDDING.bound(x, np.full(4, 0.5), precision, **named).min() == math.inf

@@ -189,7 +189,6 @@ def test_an_embedding_is_exact_and_knows_of_uncertain_integers():
     arguments = {
         "weight": weight,
         "padding_idx": None,
-        "max_norm": None,
         "scale_grad_by_freq": False,
     }
     x = np.array([[4, 0], [4, 1]])

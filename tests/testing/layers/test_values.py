@@ -67,7 +67,7 @@ def windows(kernel):
         ),
         (
             dense.EMBEDDING, "an embedding shifted by one row", [0, 1],
-            {"weight": W, "max_norm": None, "padding_idx": None, "scale_grad_by_freq": False},
+            {"weight": W, "padding_idx": None, "scale_grad_by_freq": False},
             W[[1, 0]],
         ),
         (pointwise.RELU, "ReLU left out", X, {}, X),
@@ -234,13 +234,6 @@ def test_short_and_long_axes_give_the_same():
     x = np.random.RandomState(0).randn(2, 7)
     longer = np.concatenate([x, np.full((2, 1), -np.inf)], axis=1)
     np.testing.assert_allclose(softmax.softmax(longer, 1)[:, :7], softmax.softmax(x, 1), rtol=1e-14)
-
-
-def test_embeddings_say_which_option_is_wrong():
-    arguments = {"weight": W, "padding_idx": None, "scale_grad_by_freq": False}
-    message = r"expects Embedding to leave its weight alone, got max_norm=2.0, .*drop max_norm"
-    with pytest.raises(ValueError, match=message):
-        dense.EMBEDDING.forward(np.zeros(1), max_norm=2.0, **arguments)
 
 
 def test_which_formulas_hold_in_eval_mode_alone():

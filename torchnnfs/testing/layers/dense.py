@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Forward, Gradients, Layer, Maybe, Wrong, gradient
+from torchnnfs.testing.layers import Bounded, Forward, Gradients, Layer, Maybe, Wrong, gradient
 from torchnnfs.testing.layers.reshape import collected, most, positions, scattered, windows
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 
@@ -42,29 +42,21 @@ def dense_bound(
     """
     size = np.abs(weight).T
     carried = error @ size
-    bound: Array = np.abs(x) @ size
-    bound += carried
-    if bias is not None:
-        bound += np.abs(bias)
-    too_large = ~(bound < precision.overflow)
+    terms = np.abs(x) @ size + carried + (0.0 if bias is None else np.abs(bias))
     n = 1 + int(np.max(np.count_nonzero(size, axis=0), initial=0))
-    bound *= precision.gamma(n)
-    bound += carried
-    flushed = np.sum(size, axis=0) + np.abs(x) @ np.ones((len(size), 1))
-    bound += precision.tiny * (flushed + n + 1)
+    flushed = np.sum(size, axis=0) + np.abs(x) @ np.ones((len(size), 1)) + n + 1
+    bound = carried + precision.gamma(n) * terms + precision.tiny * flushed
     if precision.stored_unit:
         product = dense(x, weight)
         bound = precision.stored(product, bound)
         if bias is not None:
             bound = np.where(bias == 0, bound, precision.stored(product + bias, bound))
-    bound[too_large] = np.inf
-    return bound
+    return np.where(terms < precision.overflow, bound, np.inf)
 
 
-def product(a: Array, b: Array, precision: Precision) -> tuple[Array, Array]:
+def product(a: Array, b: Array, precision: Precision) -> Bounded:
     """``a b`` of two matrices of exact numbers, and how far a computed one may stray."""
-    with np.errstate(all="ignore"):
-        return a @ b, dense_bound(a, np.zeros_like(a), precision, b.T)
+    return a @ b, dense_bound(a, np.zeros_like(a), precision, b.T)
 
 
 def dense_backward(
@@ -78,10 +70,6 @@ def dense_backward(
     return found
 
 
-#: Errors that an honest computation is asked for: enough that none is small by luck.
-_ENOUGH = 1000
-
-
 def dense_honest(x: Array, precision: Precision, weight: Array, bias: Maybe = None) -> Array:
     """Errors of plain sums, one term after the other, each step rounded, in a few orders.
 
@@ -89,23 +77,18 @@ def dense_honest(x: Array, precision: Precision, weight: Array, bias: Maybe = No
     than if it came last. Half types are summed in float32 and rounded once. The result has shape
     (orders, rows, out).
     """
-    step: type = np.float64 if precision is PRECISIONS["float64"] else np.float32
-    exact = dense(x, weight, bias)
-    narrow: Array = x.astype(step)
-    factors: Array = weight.T.astype(step)
+    step = np.float64 if precision.digits == 53 else np.float32
+    exact, narrow, factors = dense(x, weight, bias), x.astype(step), weight.T.astype(step)
     if bias is not None:  # one more term, whose input is 1
-        narrow = np.insert(narrow, 0, 1, axis=-1)
-        factors = np.insert(factors, 0, bias, axis=0)
-    orders = np.random.RandomState(0)
-    errors = []
-    with np.errstate(all="ignore"):
-        # One order may cancel by luck, and sixteen are enough where there are few numbers.
-        for i in range(min(16, max(3, math.ceil(_ENOUGH / exact.size)))):
-            n = len(factors)
-            total: Array = np.zeros(exact.shape, step)
-            for k in orders.permutation(n) if i else range(n):
-                total += narrow[..., k, None] * factors[k]
-            errors.append(precision.round(total.astype(np.float64)) - exact)
+        narrow, factors = np.insert(narrow, 0, 1, -1), np.insert(factors, 0, bias, 0)
+    chance, errors = np.random.RandomState(0), []
+    # One order may cancel by luck, so there are three, and a thousand errors in all; sixteen are
+    # enough where there are few numbers.
+    for i in range(min(16, max(3, math.ceil(1000 / exact.size)))):
+        total = np.zeros(exact.shape, step)
+        for k in chance.permutation(len(factors)) if i else range(len(factors)):
+            total += narrow[..., k, None] * factors[k]
+        errors.append(precision.round(total.astype(np.float64)) - exact)
     return np.stack(errors)
 
 
@@ -135,17 +118,11 @@ def _patches(
     return view.reshape(*view.shape[:-2], -1)
 
 
-def _blocks(weight: Array, groups: int) -> tuple[Array, Array]:
-    """Where a matrix (out, groups, inputs of one group) is not zero."""
-    rows = np.arange(len(weight))
-    return rows, rows // (len(weight) // groups)
-
-
 def _matrix(weight: Array, groups: int) -> Array:
     """The weight of a convolution as that of a dense layer: zero between groups."""
-    matrix = np.zeros((len(weight), groups, math.prod(weight.shape[1:])), weight.dtype)
-    matrix[_blocks(weight, groups)] = weight.reshape(len(weight), -1)
-    return matrix.reshape(len(weight), -1)
+    group = np.arange(len(weight))[:, None] // (len(weight) // groups)
+    flat = weight.reshape(len(weight), 1, -1)
+    return np.where((group == np.arange(groups))[..., None], flat, 0).reshape(len(weight), -1)
 
 
 def convolution(
@@ -192,80 +169,56 @@ def convolution_backward(
     for name in found.keys() & {"weight", "bias"}:
         exact, bound = found[name]
         found[name] = exact, bound + steps * sizes[name][0]
-    exact, bound = (
-        each.reshape(len(weight), groups, -1)[_blocks(weight, groups)].reshape(weight.shape)
-        for each in found["weight"]
-    )
+    inside = _matrix(positions(weight), groups)
+    exact, bound = (collected(each, inside, weight) for each in found["weight"])
     return {**found, "weight": (exact, bound)}
 
 
-def embedding(
-    x: Array, weight: Array, max_norm: float | None, padding_idx: Any, scale_grad_by_freq: Any
-) -> Array:
+def embedding(x: Array, weight: Array, padding_idx: Any, scale_grad_by_freq: Any) -> Array:
     """``y = weight[x]``, a row for each integer of x."""
-    if max_norm is not None:
-        raise ValueError(
-            f"compare expects Embedding to leave its weight alone, got max_norm={max_norm}, "
-            "which changes it at each call; drop max_norm"
-        )
     return weight[x.astype(np.int64)]
 
 
-def embedding_bound(x: Array, error: Array, precision: Precision, **arguments: Any) -> Array:
+def embedding_bound(x: Array, error: Array, precision: Precision, **named: Any) -> Array:
     """Zero: rows are copied. If an integer is uncertain, there is no bound."""
     bound = np.where(error < 0.5, precision.tiny, np.inf)
-    return np.broadcast_to(bound[..., None], embedding(x, **arguments).shape)
+    return np.broadcast_to(bound[..., None], embedding(x, **named).shape)
 
 
 def embedding_backward(
-    x: Array, y: Array, g: Array, precision: Precision, weight: Array, **arguments: Any
+    x: Array, y: Array, g: Array, precision: Precision, weight: Array, **named: Any
 ) -> Gradients:
     """``dL/dW``: the sum of g where a row was taken; nothing for the row `padding_idx`.
 
     With `scale_grad_by_freq` it is divided by how often that was.
     """
     rows = x.astype(np.int64)
-    places = np.where((rows == arguments["padding_idx"])[..., None], 0, positions(weight)[rows])
-    if arguments["scale_grad_by_freq"]:
+    places = np.where((rows == named["padding_idx"])[..., None], 0, positions(weight)[rows])
+    if named["scale_grad_by_freq"]:
         g = g / np.bincount(rows.ravel())[rows][..., None]
     return {"weight": scattered(g, places, weight, precision)}
 
 
 _TF32 = replace(PRECISIONS["float32"], digits=11, smallest=2.0**-136)
 
-DENSE = Layer(
-    "dense",
-    dense,
-    dense_bound,
-    dense_backward,
-    controls={
-        "a weight matrix transposed": _with_weight(lambda w: w.T if len(w) == len(w.T) else w),
-        "a weight matrix permuted": _with_weight(lambda w: np.roll(w, 1).reshape(w.shape)),
-        "a weight matrix times 1 + 1e-5": _with_weight(lambda w: w * (1 + 1e-5)),
-        "a bias of 1e-6": lambda x, weight, bias=None: dense(x, weight, bias) + 1e-6,
-        "parameters rounded to TF32": _with_weight(_TF32.round),
-        "parameters rounded to bfloat16": _with_weight(PRECISIONS["bfloat16"].round),
-        "parameters rounded to float16": _with_weight(PRECISIONS["float16"].round),
-    },
-    honest=dense_honest,
-    by_rows=True,
-)
-_CONVOLUTION: Any = (
-    convolution,
-    convolution_bound,
-    convolution_backward,
-    {
-        "a kernel flipped": _with_weight(lambda w: np.flip(w, (*range(2, w.ndim),)), convolution),
-        "a kernel times 1 + 1e-5": _with_weight(lambda w: w * (1 + 1e-5), convolution),
-        "a bias of 1e-6": lambda x, **arguments: convolution(x, **arguments) + 1e-6,
-    },
-)
-CONV1D = Layer("conv1d", *_CONVOLUTION)
-CONV2D = Layer("conv2d", *_CONVOLUTION)
-EMBEDDING = Layer(
-    "embedding",
-    embedding,
-    embedding_bound,
-    embedding_backward,
-    {"an embedding shifted by one row": _with_weight(lambda w: np.roll(w, 1, axis=0), embedding)},
-)
+_BROKEN: dict[str, Wrong] = {
+    "a weight matrix transposed": _with_weight(lambda w: w.T if len(w) == len(w.T) else w),
+    "a weight matrix permuted": _with_weight(lambda w: np.roll(w, 1).reshape(w.shape)),
+    "a weight matrix times 1 + 1e-5": _with_weight(lambda w: w * (1 + 1e-5)),
+    "a bias of 1e-6": lambda x, **named: dense(x, **named) + 1e-6,
+    "parameters rounded to TF32": _with_weight(_TF32.round),
+    "parameters rounded to bfloat16": _with_weight(PRECISIONS["bfloat16"].round),
+    "parameters rounded to float16": _with_weight(PRECISIONS["float16"].round),
+}
+_BROKEN_CONVOLUTIONS: dict[str, Wrong] = {
+    "a kernel flipped": _with_weight(lambda w: np.flip(w, (*range(2, w.ndim),)), convolution),
+    "a kernel times 1 + 1e-5": _with_weight(lambda w: w * (1 + 1e-5), convolution),
+    "a bias of 1e-6": lambda x, **named: convolution(x, **named) + 1e-6,
+}
+_BROKEN_EMBEDDINGS: dict[str, Wrong] = {
+    "an embedding shifted by one row": _with_weight(lambda w: np.roll(w, 1, axis=0), embedding)
+}
+DENSE = Layer("dense", dense, dense_bound, dense_backward, _BROKEN, dense_honest, by_rows=True)
+CONV1D = Layer("conv1d", convolution, convolution_bound, convolution_backward, _BROKEN_CONVOLUTIONS)
+CONV2D = replace(CONV1D, name="conv2d")
+EMBEDDING = Layer("embedding", embedding, embedding_bound, embedding_backward, _BROKEN_EMBEDDINGS)
