@@ -6,7 +6,7 @@ The arguments of every function are named as torch names the attributes of the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,9 @@ Bounded = tuple[Array, Array]
 #: By "input", "weight", "bias".
 Gradients = dict[str, Bounded]
 
-#: A parameter that may be left out.
+#: A parameter that may be left out, and numbers, one for each axis.
 Maybe = Array | None
+Ints = Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,17 +7,15 @@ and 3.5 (dot products, running error analysis).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Bounded, Forward, Gradients, Layer, Maybe, Wrong, gradient
+from torchnnfs.testing.layers import Bounded, Gradients, Ints, Layer, Maybe, Wrong, gradient
 from torchnnfs.testing.layers.reshape import collected, most, positions, scattered, windows
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
-
-Ints = Sequence[int]
 
 
 def dense(x: Array, weight: Array, bias: Maybe = None) -> Array:
@@ -92,7 +90,7 @@ def dense_honest(x: Array, precision: Precision, weight: Array, bias: Maybe = No
     return np.stack(errors)
 
 
-def _with_weight(change: Callable[[Array], Array], forward: Forward = dense) -> Wrong:
+def _with_weight(change: Callable[[Array], Array], forward: Callable[..., Any] = dense) -> Wrong:
     """A layer with other weights; None where the change leaves them as they are."""
 
     def wrong(x: Array, weight: Array, **arguments: Any) -> Array | None:

@@ -9,13 +9,12 @@ sections 1.9 and 4.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Layer, Maybe, Wrong, finished, gradient
+from torchnnfs.testing.layers import Gradients, Ints, Layer, Maybe, Wrong, finished, gradient
 from torchnnfs.testing.precision import Array, Precision
 
 
@@ -36,7 +35,7 @@ def _affine_bound(
 
 
 def _affine_backward(
-    g: Array, n: Array, wrong: Array, rows: Sequence[int], precision: Precision, **named: Any
+    g: Array, n: Array, wrong: Array, rows: Ints, precision: Precision, **named: Any
 ) -> Gradients:
     """``dL/dw = sum g n`` with n wrong by `wrong`, ``dL/db = sum g``: sums over the axes `rows`.
 
@@ -83,13 +82,11 @@ def _normal(
     return n, moved + np.where(overflows, np.inf, rounded), size, inverse, relative
 
 
-def _last(normalized_shape: Sequence[int], **others: Any) -> tuple[int, ...]:
+def _last(normalized_shape: Ints, **others: Any) -> tuple[int, ...]:
     return tuple(range(-len(normalized_shape), 0))
 
 
-def layer_norm(
-    x: Array, normalized_shape: Sequence[int], weight: Maybe, bias: Maybe, eps: float
-) -> Array:
+def layer_norm(x: Array, normalized_shape: Ints, weight: Maybe, bias: Maybe, eps: float) -> Array:
     """``y = n w + b``, ``n = (x - m) / s``, ``s = sqrt(v + eps)``.
 
     m and v are the mean and the variance of x over its last axes, those of `normalized_shape`.
@@ -189,7 +186,7 @@ def batch_backward(x: Array, y: Array, g: Array, precision: Precision, **named: 
 
 
 def _of_a_sample(
-    x: Array, normalized_shape: Sequence[int], weight: Maybe, bias: Maybe, eps: float
+    x: Array, normalized_shape: Ints, weight: Maybe, bias: Maybe, eps: float
 ) -> Array | None:
     """With the variance divided by k - 1 in the place of k: then s is that much larger."""
     part = 1 - 1 / math.prod(normalized_shape)

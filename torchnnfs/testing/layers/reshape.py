@@ -8,32 +8,25 @@ any n.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Layer, finished, gradient
+from torchnnfs.testing.layers import Bounded, Gradients, Ints, Layer, Wrong, finished, gradient
 from torchnnfs.testing.precision import Array, Precision
 
 #: Of both axes of an image, or of each.
 Sizes = int | tuple[int, int]
 
 
-def windows(
-    x: Array,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    pads: Sequence[tuple[int, int]],
-    **how: Any,
-) -> Array:
+def windows(x: Array, kernel: Ints, stride: Ints, dilation: Ints, pads: Any, **how: Any) -> Array:
     """All windows over the last axes of x, padded: (..., *positions, numbers of one window)."""
     x = np.pad(x, [(0, 0)] * (x.ndim - len(kernel)) + [*pads], **how)
     reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
     axes = tuple(range(-len(kernel), 0))
     view = np.lib.stride_tricks.sliding_window_view(x, reach, axis=axes)
-    steps: tuple[Any, ...] = tuple(slice(None, None, step) for step in (*stride, *dilation))
+    steps: Any = (slice(None, None, step) for step in (*stride, *dilation))
     view = view[(..., *steps)]
     return view.reshape(*view.shape[: -len(kernel)], -1)
 
@@ -55,7 +48,7 @@ def most(places: Array, x: Array) -> float:
     return float(np.max(collected(1.0, places, x), initial=0.0))
 
 
-def scattered(values: Array, places: Array, x: Array, precision: Precision) -> tuple[Array, Array]:
+def scattered(values: Array, places: Array, x: Array, precision: Precision) -> Bounded:
     """The sums of `values` at their places in x, and ``(n + 1) u`` of the sums of their sizes.
 
     n is the most that one place gets. Half types may be added up as stored.
@@ -67,17 +60,15 @@ def scattered(values: Array, places: Array, x: Array, precision: Precision) -> t
 
 def flatten(x: Array, start_dim: int, end_dim: int) -> Array:
     """The dimensions from `start_dim` to `end_dim` as one."""
-    first, last = start_dim % x.ndim, end_dim % x.ndim
-    return x.reshape(
-        *x.shape[:first], int(np.prod(x.shape[first : last + 1])), *x.shape[last + 1 :]
-    )
+    first, behind = start_dim % x.ndim, end_dim % x.ndim + 1
+    return x.reshape(*x.shape[:first], math.prod(x.shape[first:behind]), *x.shape[behind:])
 
 
 def _column_major(x: Array, start_dim: int, end_dim: int) -> Array:
     """Flattened with the first of the dimensions running fastest, as Fortran and MATLAB do."""
-    first, last = start_dim % x.ndim, end_dim % x.ndim
-    turned = x.transpose(*range(first), *range(first, last + 1)[::-1], *range(last + 1, x.ndim))
-    return turned.reshape(flatten(x, start_dim, end_dim).shape)
+    axes, first, behind = [*range(x.ndim)], start_dim % x.ndim, end_dim % x.ndim + 1
+    axes[first:behind] = axes[first:behind][::-1]
+    return flatten(x.transpose(axes), start_dim, end_dim)
 
 
 def _pooled(
@@ -116,7 +107,7 @@ def max_pool2d(
     return y
 
 
-def max_pool2d_bound(x: Array, error: Array, precision: Precision, **sizes: Any) -> Array:
+def max_bound(x: Array, error: Array, precision: Precision, **sizes: Any) -> Array:
     """The largest e in a window of those that may win: ``x + e >= max(x - e)``. No rounding."""
     view, reach = _pooled(x, -np.inf, **sizes), _pooled(error, 0, **sizes)
     may_win = view + reach >= np.max(view - reach, axis=-1, keepdims=True)
@@ -124,9 +115,7 @@ def max_pool2d_bound(x: Array, error: Array, precision: Precision, **sizes: Any)
     return bound + precision.tiny
 
 
-def max_pool2d_backward(
-    x: Array, y: Array, g: Array, precision: Precision, **sizes: Any
-) -> Gradients:
+def max_backward(x: Array, y: Array, g: Array, precision: Precision, **sizes: Any) -> Gradients:
     """``dL/dx``: each g goes to the maximum of its window.
 
     Of several maxima torch takes the first. Any other is right as well, so they may differ by g.
@@ -168,7 +157,7 @@ def avg_pool2d(
     return y
 
 
-def avg_pool2d_bound(x: Array, error: Array, precision: Precision, **sizes: Any) -> Array:
+def avg_bound(x: Array, error: Array, precision: Precision, **sizes: Any) -> Array:
     """``(sum e + gamma(k+1) sum (|x| + e)) / |n|``, k the numbers of a window.
 
     There are k - 1 additions, and a product with ``1 / n`` in the place of the quotient rounds
@@ -181,9 +170,7 @@ def avg_pool2d_bound(x: Array, error: Array, precision: Precision, **sizes: Any)
     return finished(avg_pool2d(x, **sizes), bound, size, precision)
 
 
-def avg_pool2d_backward(
-    x: Array, y: Array, g: Array, precision: Precision, **sizes: Any
-) -> Gradients:
+def avg_backward(x: Array, y: Array, g: Array, precision: Precision, **sizes: Any) -> Gradients:
     """``dL/dx``: the sum of ``g / n`` over the windows that a number lies in."""
     places, n = _average(positions(x), **sizes)
     return {"input": scattered((g / n)[..., None], places, x, precision)}
@@ -199,22 +186,18 @@ def _counted_otherwise(x: Array, **sizes: Any) -> Array | None:
     return None if np.array_equal(y, avg_pool2d(x, **sizes)) else y
 
 
+_BROKEN: dict[str, Wrong] = {"flatten with the first dimension running fastest": _column_major}
+_BROKEN_MAXIMA: dict[str, Wrong] = {"max pool as mean": _as_mean}
+_BROKEN_MEANS: dict[str, Wrong] = {"average pool, padding counted otherwise": _counted_otherwise}
+
 FLATTEN = Layer(
     "flatten",
     flatten,
     lambda x, error, precision, **dims: flatten(error, **dims) + precision.tiny,
-    lambda x, y, g, precision, **dims: {
-        "input": (g.reshape(x.shape), np.full(x.shape, precision.tiny))
+    lambda x, y, g, precision, **_: {
+        "input": (g.reshape(x.shape), np.full_like(x, precision.tiny))
     },
-    {"flatten with the first dimension running fastest": _column_major},
+    _BROKEN,
 )
-MAX_POOL2D = Layer(
-    "max pool", max_pool2d, max_pool2d_bound, max_pool2d_backward, {"max pool as mean": _as_mean}
-)
-AVG_POOL2D = Layer(
-    "average pool",
-    avg_pool2d,
-    avg_pool2d_bound,
-    avg_pool2d_backward,
-    {"average pool, padding counted otherwise": _counted_otherwise},
-)
+MAX_POOL2D = Layer("max pool", max_pool2d, max_bound, max_backward, _BROKEN_MAXIMA)
+AVG_POOL2D = Layer("average pool", avg_pool2d, avg_bound, avg_backward, _BROKEN_MEANS)
