@@ -1,7 +1,5 @@
 """Traces to and from files: a run on another machine is one more source of traces."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,15 +1,12 @@
 """The verdict as one HTML page that needs nothing else, and as a fragment for notebooks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from html import escape as _quoted
 
-from torchnnfs.testing import plot
+from torchnnfs.testing import plot, report
 from torchnnfs.testing.candidates import MissingExtraError
 from torchnnfs.testing.outcome import Outcome, plain
-from torchnnfs.testing.report import HEADINGS, LEGEND, WORDS, cells, headline, remarks, verdict
 
 _PAGE = """\
 <!doctype html>
@@ -58,7 +55,7 @@ _STYLE = """\
 
 def page(outcome: Outcome) -> str:
     """A whole page; it loads nothing and runs no script."""
-    return _PAGE.format(title=headline(outcome)[1], report=_report(outcome, " open"))
+    return _PAGE.format(title=report.headline(outcome)[1], report=_report(outcome, " open"))
 
 
 def fragment(outcome: Outcome) -> str:
@@ -72,11 +69,11 @@ def escape(text: str) -> str:
 
 
 def _report(outcome: Outcome, unfolded: str) -> str:
-    style, words = headline(outcome)
-    sentence = verdict(outcome).partition(": ")[2]
+    style, words = report.headline(outcome)
+    sentence = report.verdict(outcome).partition(": ")[2]
     if outcome.unjudged and not outcome.ok:
-        sentence += f" Nothing independent judged {', '.join(outcome.unjudged)}."
-    said = [f"<p>{escape(remark)}</p>" for remark in remarks(outcome)]
+        sentence += f" {report.unjudged(outcome)}."
+    said = [f"<p>{escape(remark)}</p>" for remark in report.remarks(outcome)]
     if outcome.controls:
         tried = [
             _line([each.name, each.outcome, each.reason], [], "wrong" * (each.outcome == "passed"))
@@ -84,7 +81,7 @@ def _report(outcome: Outcome, unfolded: str) -> str:
         ]
         said.append(_table(["broken copy of the model", "outcome", "reason"], [], tried))
     facts = [_line([name, fact]) for name, fact in outcome.environment.items()]
-    legend = f"<p>{_quoted(LEGEND)}</p>"
+    legend = f"<p>{_quoted(report.LEGEND)}</p>"
     parts = [
         f'<div class="torchnnfs">\n<style>\n{_STYLE}</style>\n<div class="verdict {style}">',
         f"<b>{words}</b>{escape(sentence[0].upper() + sentence[1:])}</div>",
@@ -103,13 +100,13 @@ def _folded(title: str, content: Iterable[str], unfolded: str) -> str:
 
 def _layers(outcome: Outcome) -> str:
     # The verdict comes right behind the layer, where a phone still shows it.
-    numbers = [heading for heading in HEADINGS if heading not in WORDS]
+    numbers = [heading for heading in report.HEADINGS if heading not in report.WORDS]
     wide = f'colspan="{len(numbers) + 2}"'
     body = []
     for name, rows in outcome.by_candidate.items():
         body.append(f'<tr class="group"><th {wide} scope="rowgroup">{escape(name)}</th></tr>')
         for row in rows:
-            _, _, _, layer, *shown, state = cells(row)
+            _, _, _, layer, *shown, state = report.cells(row)
             body.append(_line([layer, state], shown, "wrong" * (not row.ok)))
             if row.reason:
                 body.append(f'<tr class="wrong"><td {wide}><p>{escape(row.reason)}.</p></td></tr>')

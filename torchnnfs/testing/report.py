@@ -1,9 +1,8 @@
 """The verdict for people: a table and sentences, on a terminal or as Markdown."""
 
-from __future__ import annotations
-
 import io
 import re
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -35,20 +34,14 @@ def cells(row: Row) -> list[str]:
     # The model's own float64 run is held against a reference in perhaps another dtype: float64's
     # units mean nothing there.
     units = row.candidate != "the model"
-    shown = [
-        row.candidate,
-        row.device,
-        row.dtype,
-        row.label,
+    errors = (
         f"{row.max_abs:.1e}" if row.max_abs else "0",
         number(row.max_ulp) if units else "",
         f"{row.bit_equal:.1%}" if units else "",
-        number(row.isolated_ratio),
-        number(row.chained_ratio),
-        number(row.excess),
-        row.state if row.basis == ROUNDING else f"{row.state} ({row.basis})",
-    ]
-    return [plain(each) for each in shown]
+        *map(number, (row.isolated_ratio, row.chained_ratio, row.excess)),
+    )
+    state = row.state if row.basis == ROUNDING else f"{row.state} ({row.basis})"
+    return [*map(plain, (row.candidate, row.device, row.dtype, row.label, *errors, state))]
 
 
 def number(value: float | None) -> str:
@@ -58,28 +51,11 @@ def number(value: float | None) -> str:
     return f"{value:.2f}" if value < 1e3 else f"{value:.0e}".replace("e+", "e")
 
 
-def table(outcome: Outcome) -> Table:
-    """One line for each candidate and layer."""
-    grid = Table()
-    for heading in HEADINGS:
-        grid.add_column(heading, justify="left" if heading in WORDS else "right", no_wrap=True)
-    for rows in outcome.by_candidate.values():
-        grid.add_section()
-        for place, row in enumerate(rows):
-            shown = cells(row)
-            shown[:3] = shown[:3] if place == 0 else [""] * 3
-            style = "green" if row.ok else "bold red"
-            grid.add_row(*map(Text, shown[:-1]), Text(shown[-1], style=style))
-    return grid
-
-
 def verdict(outcome: Outcome) -> str:
     """The outcome in one sentence, or two."""
-    wrong = outcome.first_divergence
-    if wrong is not None:
+    if (wrong := outcome.first_divergence) is not None:
         return plain(f"DISAGREES: {_where(wrong, 'is the first to differ')}: {wrong.reason}.")
-    wrong = next((row for row in outcome.rows if not row.ok), None)
-    if wrong is not None:
+    if (wrong := next((row for row in outcome.rows if not row.ok), None)) is not None:
         return plain(f"NOT JUDGED: {_where(wrong)}: {wrong.reason}.")
     row = max(outcome.rows, key=lambda row: row.bound_ratio)
     names = ", ".join(dict.fromkeys(f"{row.candidate} in {row.dtype}" for row in outcome.rows))
@@ -87,15 +63,19 @@ def verdict(outcome: Outcome) -> str:
         f"of {names} is within what rounding explains; the largest error is "
         f"{row.bound_ratio:.2f} of its bound ({_where(row)})."
     )
-    if not outcome.unjudged:
-        uncalled = any(note.startswith("Never called") for note in outcome.notes)
-        return plain(f"AGREES: every layer{' that was called' * uncalled} {within}")
-    parts = ", ".join(outcome.unjudged)
-    return plain(
-        f"AGREES AS FAR AS JUDGED: what was judged {within} Nothing independent judged {parts}: it "
-        "was compared with itself in float64 alone, so a wrong formula is not noticed. Give a "
-        "reference for the output."
-    )
+    if outcome.unjudged:
+        return plain(
+            f"AGREES AS FAR AS JUDGED: what was judged {within} {unjudged(outcome)}: it was "
+            "compared with itself in float64 alone, so a wrong formula is not noticed. Give a "
+            "reference for the output."
+        )
+    uncalled = any(note.startswith("Never called") for note in outcome.notes)
+    return plain(f"AGREES: every layer{' that was called' * uncalled} {within}")
+
+
+def unjudged(outcome: Outcome) -> str:
+    """What nothing independent judged."""
+    return f"Nothing independent judged {', '.join(outcome.unjudged)}"
 
 
 def _where(row: Row, what: str = "") -> str:
@@ -120,53 +100,55 @@ def remarks(outcome: Outcome) -> list[str]:
     """What stands between the table and the verdict: accuracy, controls, notes."""
     lines = [*_accuracy(outcome), *_controls(outcome), *outcome.notes]
     if outcome.unjudged and not outcome.ok:  # else the verdict says it
-        lines.append(f"Nothing independent judged {', '.join(outcome.unjudged)}.")
+        lines.append(f"{unjudged(outcome)}.")
     return [plain(line) for line in lines]
 
 
-def _accuracy(outcome: Outcome) -> list[str]:
+def _accuracy(outcome: Outcome) -> Iterator[str]:
     """Who is closer to float64, from the first input to the last layer, in each dtype."""
-    last: dict[str, dict[str, Row]] = {}
+    last: dict[str, dict[str, tuple[float, str]]] = {}
     for row in outcome.rows:
         if row.chained_ulp is not None:
-            last.setdefault(row.dtype, {})[f"{row.candidate} on {row.device}"] = row
-    lines = []
-    for dtype, rows in last.items():
-        ranked = sorted(rows.items(), key=lambda each: each[1].chained_ulp or 0.0)
-        words = [
-            f"{name} ({number(row.chained_ulp)} ULP, {number(row.chained_ratio)} of the bound)"
-            for name, row in ranked
-        ]
-        if len(words) > 1:
-            lines.append(f"Closest to float64 at the end, in {dtype}: {', '.join(words)}.")
-    return lines
+            name, ratio = f"{row.candidate} on {row.device}", number(row.chained_ratio)
+            words = f"{name} ({number(row.chained_ulp)} ULP, {ratio} of the bound)"
+            last.setdefault(row.dtype, {})[name] = row.chained_ulp, words
+    for dtype, found in last.items():
+        ranked = [words for _, words in sorted(found.values(), key=lambda each: each[0])]
+        if len(ranked) > 1:
+            yield f"Closest to float64 at the end, in {dtype}: {', '.join(ranked)}."
 
 
-def _controls(outcome: Outcome) -> list[str]:
+def _controls(outcome: Outcome) -> Iterator[str]:
     if not outcome.controls:
-        return []
+        return
     said: dict[str, list[str]] = {"rejected": [], "indistinguishable": [], "passed": []}
     for control in outcome.controls:
         said[control.outcome].append(f"{control.name} ({control.reason})")
-    lines = [
+    beyond = f" They break layers with a formula, not {', '.join(outcome.unjudged)}."
+    yield (
         f"Controls: {len(said['rejected'])} of {len(outcome.controls)} deliberately broken copies "
-        "of the model rejected, each by the formula of its layer."
-    ]
-    if outcome.unjudged:
-        lines[0] += f" They break layers with a formula, not {', '.join(outcome.unjudged)}."
+        f"of the model rejected, each by the formula of its layer.{beyond * bool(outcome.unjudged)}"
+    )
     if said["indistinguishable"]:
-        lines.append(f"Indistinguishable here: {'; '.join(said['indistinguishable'])}.")
+        yield f"Indistinguishable here: {'; '.join(said['indistinguishable'])}."
     if outcome.proves_little:
         passed = f"broken copies passed as correct: {'; '.join(said['passed'])}."
         none = "no broken copy could be told from the model."
-        lines.append(f"THIS RUN PROVES LITTLE: {passed if said['passed'] else none}")
-    return lines
+        yield f"THIS RUN PROVES LITTLE: {passed if said['passed'] else none}"
 
 
 def show(outcome: Outcome, console: Console) -> None:
-    """Print the table, what it leaves out, and the verdict."""
+    """Print the table, one line for each candidate and layer, what it leaves out, the verdict."""
+    grid = Table()
+    for heading in HEADINGS:
+        grid.add_column(heading, justify="left" if heading in WORDS else "right", no_wrap=True)
+    for rows in outcome.by_candidate.values():
+        grid.add_section()
+        for row in rows:
+            *words, state = cells(row)
+            words[:3] = words[:3] if row is rows[0] else [""] * 3
+            grid.add_row(*map(Text, words), Text(state, style="green" if row.ok else "bold red"))
     # Numbers that are cut off are of no use: on a narrow terminal the lines run over.
-    grid = table(outcome)
     natural = Measurement.get(console, console.options.update(width=500), grid).maximum
     width, console.width = console.width, max(console.width, natural)
     console.print(grid)

@@ -4,8 +4,6 @@ The arguments of every function are named as torch names the attributes of the l
 `bias`, `dim`, ...): that is how `torchnnfs.testing.models` reads them off. Arrays are float64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ Sources: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 
 and 3.5 (dot products, running error analysis).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -6,8 +6,6 @@ updating or by merging parts; N. J. Higham, Accuracy and Stability of Numerical 
 sections 1.9 and 4.2.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

@@ -10,8 +10,6 @@ Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., s
 function makes of an error) and 3.1 (roundings in a row).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +18,7 @@ from typing import Any
 import numpy as np
 
 from torchnnfs.testing.layers import Forward, Gradients, Layer, Wrong, finished, gradient
-from torchnnfs.testing.precision import EXP_ULP, Array, Precision
-
-_EXP = 2 * EXP_ULP  # in units roundoff
+from torchnnfs.testing.precision import EXP, Array, Precision
 
 
 def pointwise(
@@ -121,7 +117,7 @@ _OTHER = {"none": "tanh", "tanh": "none"}
 #: Where the two forms of GELU are least.
 _LEAST = -0.7517915246935645, -0.752461422071016
 #: Roundings of erf or tanh at a rounded argument, and three more of the sum and the products.
-_ROUNDINGS = {"none": _EXP + 2 + 3, "tanh": _EXP + 7 + 3}
+_ROUNDINGS = {"none": EXP + 2 + 3, "tanh": EXP + 7 + 3}
 
 
 def _gate(x: Array, approximate: str) -> Array:
@@ -167,7 +163,7 @@ def _gelu_slope(x: Array, y: Array, precision: Precision, approximate: str) -> t
         wrong = np.where(inner < precision.overflow, wrong, np.inf)
     else:
         density = np.abs(x) * np.exp(-square / 2) / math.sqrt(2 * math.pi)
-        wrong = density * (precision.gamma(_EXP + 4) + np.expm1(square * precision.unit))
+        wrong = density * (precision.gamma(EXP + 4) + np.expm1(square * precision.unit))
     slope = gate + np.copysign(density, x)
     wrong = wrong + precision.gamma(roundings) * np.maximum(0.5, gate)
     wrong = wrong + precision.tiny * (1 + square)
@@ -210,7 +206,7 @@ TANH = pointwise(
         1 - y * y,
         precision.gamma(2) * np.abs(1 - y * y) + precision.gamma(1) * y * y,
     ),
-    lambda x, error, precision: precision.gamma(_EXP) * tanh(np.abs(x) + error),
+    lambda x, error, precision: precision.gamma(EXP) * tanh(np.abs(x) + error),
     controls={"tanh left out": identity},
 )
 SIGMOID = pointwise(
@@ -220,7 +216,7 @@ SIGMOID = pointwise(
         y * (1 - y),
         4 * precision.roundoff * np.abs(y * (1 - y)) + precision.tiny + precision.stored_tiny,
     ),
-    lambda x, error, precision: precision.gamma(_EXP + 2) * np.maximum(sigmoid(x + error), 0.5),
+    lambda x, error, precision: precision.gamma(EXP + 2) * np.maximum(sigmoid(x + error), 0.5),
     controls={"sigmoid left out": identity},
 )
 GELU = pointwise("gelu", gelu, _gelu_slope, _gelu_rounds, _LEAST, controls=_BROKEN_GELUS)

@@ -6,8 +6,6 @@ floating-point arithmetic, SIAM J. Matrix Anal. Appl. 34 (2013): n u where other
 any n.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -87,15 +85,12 @@ def _pooled(
     inside, beyond = np.broadcast_to(fill, 2)
     sizes = (kernel_size, stride, padding, dilation)
     kernel, step, pad, spread = (np.broadcast_to(size, 2) for size in sizes)
-    length, reach = np.array(x.shape[-2:]), spread * (kernel - 1) + 1
-    room = length + 2 * pad - reach
-    number = (-(-room // step) if ceil_mode else room // step) + 1
     # The last window of ceil mode may reach past the padding, but never starts in it.
-    number = number - ceil_mode * ((number - 1) * step >= length + pad)
+    rows, columns = -(-(np.array(x.shape[-2:]) + pad) // step)
+    past = [(0, size) for size in ceil_mode * (step - 1)]
     x = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(size, size) for size in pad], constant_values=inside)
-    past = [(0, size) for size in step]  # no window reaches farther
     view = windows(x, [*kernel], [*step], [*spread], past, constant_values=beyond)
-    return view[..., : number[0], : number[1], :]
+    return view[..., :rows, :columns, :]
 
 
 def max_pool2d(

@@ -1,12 +1,10 @@
 """Softmax and its logarithm.
 
-The bounds are rigorous up to one assumption, the accuracy of `exp` and `log` (`EXP_ULP`).
+The bounds are rigorous up to one assumption, the accuracy of `exp` and `log` (`EXP`).
 
 Source: P. Blanchard, D. J. Higham and N. J. Higham, Accurately computing the log-sum-exp and
 softmax functions, IMA J. Numer. Anal. 41 (2021).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +12,7 @@ from typing import Any
 import numpy as np
 
 from torchnnfs.testing.layers import Gradients, Layer, Wrong, finished, gradient
-from torchnnfs.testing.precision import EXP_ULP, Array, Precision
-
-_EXP = 2 * EXP_ULP  # in units roundoff
+from torchnnfs.testing.precision import EXP, Array, Precision
 
 
 def _front(dim: int, *arrays: Array) -> tuple[Any, ...]:
@@ -72,10 +68,10 @@ def _moved(x: Array, e: Array, precision: Precision, axis: int, kept: float) -> 
         carried = np.fmin(np.log1p(d), e + widest)
         reached = np.exp(np.minimum(y + carried, 0.0))
     argument = u * (2 * widest - shifted)
-    q = (argument + _EXP * u) * np.exp(argument)  # t exp(t) is no less than exp(t) - 1
+    q = (argument + EXP * u) * np.exp(argument)  # t exp(t) is no less than exp(t) - 1
     s = np.sum(np.where(reached > 0, reached * q, 0.0), axis=axis, keepdims=True)
     s = s + (gamma + kept) * (1 + s)
-    rounded = argument + (np.where(s < 1, s / (1 - s), np.inf) + _EXP * u * logarithm)
+    rounded = argument + (np.where(s < 1, s / (1 - s), np.inf) + EXP * u * logarithm)
     return y, p, carried, rounded + u * (carried + rounded - y)
 
 
@@ -92,7 +88,7 @@ def softmax_bound(x: Array, error: Array, precision: Precision, dim: int = -1) -
     kept = 0.0 if dim in (-1, x.ndim - 1) else precision.stored_unit
     u = precision.unit
     y, p, carried, rounded = _moved(front, errors, precision, axis, kept)
-    far = carried + rounded + ((_EXP + 1) * u + kept)
+    far = carried + rounded + ((EXP + 1) * u + kept)
     bound = p * np.expm1(far)
     small = ~(p > 2.0**-1022)  # no normal number of float64: its relative error means nothing
     bound[small] = np.exp(y[small] + far[small])
@@ -126,7 +122,7 @@ def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int = -
 def log_softmax_backward(x: Array, y: Array, g: Array, precision: Precision, dim: int) -> Gradients:
     """``dL/dx = g - exp(y) sum_j g_j``, from the y that torch computed and kept."""
     p, sizes = np.exp(y), np.sum(np.abs(g), axis=dim, keepdims=True)
-    bound = precision.gamma(y.shape[dim] + _EXP + 3) * (np.abs(g) + p * sizes)
+    bound = precision.gamma(y.shape[dim] + EXP + 3) * (np.abs(g) + p * sizes)
     bound = bound + precision.tiny * (2 + sizes)  # exp(y) may be flushed
     exact = g - p * np.sum(g, axis=dim, keepdims=True)
     return {"input": gradient(exact, bound, precision, np.abs(g) + sizes)}
