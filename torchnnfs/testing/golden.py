@@ -26,12 +26,11 @@ MOST_BYTES, MOST_TIMES = 1 << 30, 256
 
 def setting(model: nn.Module, input: Any) -> dict[str, Array]:
     """What a run depends on: the input, parameters and buffers, and the types of the layers."""
-    found = {f"input{name}": to_numpy(tensor) for name, tensor in leaves(input).items()}
-    for path, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            found[f"parameter {path}"] = to_numpy(tensor)
+    found = {f"input{name}": tensor for name, tensor in leaves(input).items()}
+    state = model.state_dict().items()
+    found |= {f"parameter {path}": each for path, each in state if isinstance(each, torch.Tensor)}
     layers = {place.path: place.kind for place in walk(model)}
-    return {"network": _text(layers)} | {key: _narrow(array) for key, array in found.items()}
+    return {"network": _text(layers), **{key: _narrow(to_numpy(found[key])) for key in found}}
 
 
 def content(here: dict[str, Array], traces: Iterable[Trace], environment: dict[str, str]) -> bytes:
@@ -47,12 +46,7 @@ def content(here: dict[str, Array], traces: Iterable[Trace], environment: dict[s
 
 
 def load(name: str, here: dict[str, Array]) -> list[Trace]:
-    """The traces of a file that `content` made in this very setting.
-
-    Raises:
-        ValueError: no such file, or one of another kind or version, of another model or input, or
-            one that would unpack to too much.
-    """
+    """The traces of a file that `content` made in this very setting; ValueError for any other."""
     most = max(MOST_BYTES, MOST_TIMES * sum(array.nbytes for array in here.values()))
     try:
         if os.path.exists(name) and not os.path.isfile(name):

@@ -55,12 +55,7 @@ _STYLE = """\
 
 def page(outcome: Outcome) -> str:
     """A whole page; it loads nothing and runs no script."""
-    return _PAGE.format(title=report.headline(outcome)[1], report=_report(outcome, " open"))
-
-
-def fragment(outcome: Outcome) -> str:
-    """The same for a notebook: the verdict and one table, the rest folded away."""
-    return _report(outcome, "")
+    return _PAGE.format(title=report.headline(outcome)[1], report=fragment(outcome, " open"))
 
 
 def escape(text: str) -> str:
@@ -68,7 +63,8 @@ def escape(text: str) -> str:
     return _quoted(plain(text))
 
 
-def _report(outcome: Outcome, unfolded: str) -> str:
+def fragment(outcome: Outcome, unfolded: str = "") -> str:
+    """The same for a notebook: the verdict and one table, the rest folded away."""
     style, words = report.headline(outcome)
     sentence = report.verdict(outcome).partition(": ")[2]
     if outcome.unjudged and not outcome.ok:

@@ -1,7 +1,5 @@
 """The verdict in pictures: the points, errors over their bounds, and errors in ULP."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import textwrap
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 _COLOURS, _MARKERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#8A8A8A"), "o^sDX"
 _FINE, _BAD = "#0072B2", "#D55E00"
 _MOST_POINTS, _MOST_ROWS = 1500, 48
+_LACK = "plots need matplotlib: pip install 'torchnnfs[plot]'"
 _OFF = ("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math")
 #: The scale of errors over bounds; what lies beyond is drawn at its ends.
 _SCALE = {1e-3: "≤ 0.001", 0.01: "0.01", 0.1: "0.1", 1: "1", 10: "10", 100: "100", 1e3: "≥ 1000"}
@@ -53,8 +52,7 @@ def _drawing() -> Iterator[None]:
         try:
             from matplotlib import style
         except ImportError:
-            lack = "plots need matplotlib: pip install 'torchnnfs[plot]'"
-            raise MissingExtraError(lack) from None
+            raise MissingExtraError(_LACK) from None
         look: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left"}
         look |= dict.fromkeys(_OFF, False) | {"figure.titleweight": "bold", "svg.fonttype": "none"}
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in another script
@@ -63,7 +61,7 @@ def _drawing() -> Iterator[None]:
 
 
 @_drawing()
-def figure(outcome: Outcome, *names: str) -> Figure:
+def figure(outcome: Outcome, *names: str) -> "Figure":
     """The `panels` of these names, or all of them, one above the other; it needs matplotlib."""
     from matplotlib.figure import Figure
 
@@ -96,20 +94,15 @@ def panels(outcome: Outcome) -> dict[str, float]:
 
 
 def kind_of(path: str) -> str:
-    """The kind of picture that a file's name asks for.
-
-    Raises:
-        MissingExtraError: without matplotlib.
-        ValueError: neither ``.png`` nor ``.svg``.
-    """
+    """The kind of picture that a file's name asks for, .png or .svg; it needs matplotlib."""
     if not path.lower().endswith((".png", ".svg")):
         raise ValueError(f"pictures are .png or .svg files, got {path!r}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("plots need matplotlib: pip install 'torchnnfs[plot]'")
+        raise MissingExtraError(_LACK)
     return path.lower()[-3:]
 
 
-def _points(part: SubFigure, outcome: Outcome) -> None:
+def _points(part: "SubFigure", outcome: Outcome) -> None:
     axes, last = part.subplots(), len(_COLOURS) - 1
     finite = np.flatnonzero(np.isfinite(outcome.output).all(-1))
     drawn = np.random.default_rng(0).permutation(finite)[:_MOST_POINTS]
@@ -138,7 +131,7 @@ def _lines(outcome: Outcome) -> list[Row | str]:
     return lines
 
 
-def _bounds(part: SubFigure, outcome: Outcome) -> None:
+def _bounds(part: "SubFigure", outcome: Outcome) -> None:
     axes, lines = part.subplots(subplot_kw={"frameon": False}), _lines(outcome)
     rows = {y: line for y, line in enumerate(lines) if isinstance(line, Row)}
     low, *_, high = _SCALE
@@ -159,7 +152,7 @@ def _bounds(part: SubFigure, outcome: Outcome) -> None:
     part.suptitle(f"Errors over their bounds, the largest {len(rows)} of {len(outcome.rows):,}")
 
 
-def _ulps(part: SubFigure, outcome: Outcome) -> None:
+def _ulps(part: "SubFigure", outcome: Outcome) -> None:
     edges = ["0", *(f"≤ {edge:g}" for edge in ULP_EDGES[1:-1]), f"> {ULP_EDGES[-2]:g}"]
     grid = part.subplots(len(outcome.by_candidate), sharex=True, sharey=True, squeeze=False).flat
     for axes, (name, rows) in zip(grid, outcome.by_candidate.items(), strict=True):

@@ -60,8 +60,6 @@ class Precision:
 
     def round(self, y: Array) -> Array:
         """`y`, in float64, rounded to the nearest number of the stored type, ties to even."""
-        if self.digits == 53:
-            return y
         with np.errstate(all="ignore"):
             if self.smallest in _STORED:
                 return np.asarray(y).astype(_STORED[self.smallest]).astype(np.float64)
@@ -74,7 +72,7 @@ class Precision:
 _EXPONENT = np.int64(0x7FF << 52)
 
 #: What NumPy stores, by the smallest number.
-_STORED = {2.0**-149: np.float32, 2.0**-24: np.float16}
+_STORED = {2.0**-1074: np.float64, 2.0**-149: np.float32, 2.0**-24: np.float16}
 
 _U64 = 2.0**-53
 _U32 = 2.0**-24 + _U64
@@ -83,8 +81,6 @@ _U32 = 2.0**-24 + _U64
 PRECISIONS = {
     "float64": Precision(2 * _U64, 2.0**-1022, float(np.finfo(np.float64).max), 53, 2.0**-1074),
     "float32": Precision(_U32, 2.0**-126, float(np.finfo(np.float32).max), 24, 2.0**-149),
-    "bfloat16": Precision(
-        _U32, 2.0**-126, (2 - 2.0**-7) * 2.0**127, 8, 2.0**-133, 2.0**-8, 2.0**-126
-    ),
+    "bfloat16": Precision(_U32, 2.0**-126, 255 * 2.0**120, 8, 2.0**-133, 2.0**-8, 2.0**-126),
     "float16": Precision(_U32, 2.0**-126, 65504.0, 11, 2.0**-24, 2.0**-11, 2.0**-25),
 }

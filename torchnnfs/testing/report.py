@@ -87,13 +87,10 @@ def _where(row: Row, what: str = "") -> str:
 
 def headline(outcome: Outcome) -> tuple[str, str]:
     """The kind of verdict ("good", "doubt", "bad"), and the verdict in a few words."""
-    if not outcome.ok:
-        return "bad", "Disagrees" if outcome.first_divergence is not None else "Not judged"
-    if outcome.unjudged:
-        return "doubt", "Agrees as far as judged"
-    if outcome.proves_little:
-        return "doubt", "Agrees, but this run proves little"
-    return "good", "Agrees"
+    words = verdict(outcome).partition(":")[0].capitalize()
+    if outcome.ok and outcome.proves_little and not outcome.unjudged:
+        words += ", but this run proves little"
+    return "bad" if not outcome.ok else "good" if words == "Agrees" else "doubt", words
 
 
 def remarks(outcome: Outcome) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from torchnnfs.testing.layers import Bounded, Gradients, Ints, Layer, Maybe, Wrong, gradient
-from torchnnfs.testing.layers.reshape import collected, most, positions, scattered, windows
+from torchnnfs.testing.layers.reshape import collected, positions, scattered, windows
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 
 
@@ -102,16 +102,16 @@ def _patches(
     x: Array, weight: Array, stride: Ints, padding: Any, dilation: Ints, padding_mode: str
 ) -> Array:
     """What each output of a convolution sees of x: (..., *positions, channels and their window)."""
-    kernel, channels = weight.shape[2:], 1 - weight.ndim
-    reach = [step * (k - 1) for step, k in zip(dilation, kernel, strict=True)]
-    if padding == "same":
-        pads = [(size // 2, size - size // 2) for size in reach]
+    kernel = [x.shape[1 - weight.ndim], *weight.shape[2:]]  # a window reaches over all channels
+    if isinstance(padding, str):
+        sizes = zip(dilation, kernel[1:], strict=True)
+        both = [step * (k - 1) * (padding == "same") for step, k in sizes]
     else:
-        pads = [(size, size) for size in ((0,) * len(kernel) if padding == "valid" else padding)]
+        both = [2 * size for size in padding]
+    pads = [(0, 0), *((size // 2, size - size // 2) for size in both)]
     modes = {"zeros": "constant", "replicate": "edge", "circular": "wrap", "reflect": "reflect"}
-    view = windows(x, kernel, stride, dilation, pads, mode=modes[padding_mode])
-    view = np.moveaxis(view, channels - 1, -2)
-    return view.reshape(*view.shape[:-2], -1)
+    view = windows(x, kernel, [1, *stride], [1, *dilation], pads, mode=modes[padding_mode])
+    return np.squeeze(view, -weight.ndim)
 
 
 def _matrix(weight: Array, groups: int) -> Array:
@@ -159,7 +159,7 @@ def convolution_backward(
     slopes, matrix = np.moveaxis(g, 1 - weight.ndim, -1), _matrix(weight, groups)
     found = dense_backward(seen, y, slopes, precision, matrix, bias)
     exact, bound = (collected(each, places, x) for each in found["input"])
-    found["input"] = gradient(exact, (most(places, x) + 2) * bound, precision)
+    found["input"] = gradient(exact, (collected(1.0, places, x).max() + 2) * bound, precision)
     sizes = dense_backward(np.abs(seen), y, np.abs(slopes), precision, matrix, bias)
     steps = (g.size / len(weight) + 1) * precision.stored_unit
     for name in found.keys() & {"weight", "bias"}:

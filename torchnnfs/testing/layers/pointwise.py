@@ -11,7 +11,6 @@ function makes of an error) and 3.1 (roundings in a row).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +21,7 @@ from torchnnfs.testing.precision import EXP, Array, Precision
 
 
 def pointwise(
-    name: str,
-    forward: Forward,
-    slope: Callable[..., tuple[Any, Any]],
-    rounds: Callable[..., Array] | None = None,
-    turns: tuple[float, ...] = (),
-    **others: Any,
+    name: str, forward: Forward, slope: Any, rounds: Any = None, turns: Any = (), **others: Any
 ) -> Layer:
     """The layer of a function that is convex, or monotone between its `turns`.
 

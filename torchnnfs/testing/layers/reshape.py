@@ -15,7 +15,7 @@ from torchnnfs.testing.layers import Bounded, Gradients, Ints, Layer, Wrong, fin
 from torchnnfs.testing.precision import Array, Precision
 
 #: Of both axes of an image, or of each.
-Sizes = int | tuple[int, int]
+Two = int | tuple[int, int]
 
 
 def windows(x: Array, kernel: Ints, stride: Ints, dilation: Ints, pads: Any, **how: Any) -> Array:
@@ -41,18 +41,13 @@ def collected(values: Any, places: Array, x: Array) -> Array:
     return sums[1:].reshape(x.shape)
 
 
-def most(places: Array, x: Array) -> float:
-    """How many values one place of x gets at most."""
-    return float(np.max(collected(1.0, places, x), initial=0.0))
-
-
 def scattered(values: Array, places: Array, x: Array, precision: Precision) -> Bounded:
     """The sums of `values` at their places in x, and ``(n + 1) u`` of the sums of their sizes.
 
     n is the most that one place gets. Half types may be added up as stored.
     """
-    exact, size, n = collected(values, places, x), np.abs(values), most(places, x)
-    bound = (n + 1) * precision.roundoff * collected(size, places, x)
+    exact, n = collected(values, places, x), collected(1.0, places, x).max()
+    bound = (n + 1) * precision.roundoff * collected(np.abs(values), places, x)
     return gradient(exact, bound + n * (precision.tiny + precision.stored_tiny), precision)
 
 
@@ -70,13 +65,7 @@ def _column_major(x: Array, start_dim: int, end_dim: int) -> Array:
 
 
 def _pooled(
-    x: Array,
-    fill: float | tuple[float, float],
-    kernel_size: Sizes,
-    stride: Sizes,
-    padding: Sizes,
-    ceil_mode: bool,
-    dilation: Sizes = 1,
+    x: Array, fill: Any, kernel_size: Two, stride: Two, padding: Two, ceil_mode: bool, dilation: Two
 ) -> Array:
     """The windows of an image (..., height, width): (..., rows, columns, numbers of one window).
 
@@ -94,7 +83,7 @@ def _pooled(
 
 
 def max_pool2d(
-    x: Array, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool
+    x: Array, kernel_size: Two, stride: Two, padding: Two, dilation: Two, ceil_mode: bool
 ) -> Array:
     """``y = max x`` over each window of an image (..., height, width); padding never wins."""
     view = _pooled(x, -np.inf, kernel_size, stride, padding, ceil_mode, dilation)
@@ -125,19 +114,20 @@ def max_backward(x: Array, y: Array, g: Array, precision: Precision, **sizes: An
 
 
 def _average(
-    x: Array, count_include_pad: bool, divisor_override: int | None, *sizes: Any, **named: Any
+    x: Array, count_include_pad: bool, divisor_override: int | None, **sizes: Any
 ) -> tuple[Array, Array]:
     """The windows over x, and what the sum of each is divided by."""
-    ones = np.ones(x.shape[-2:])
-    n: Array = np.sum(_pooled(ones, (float(count_include_pad), 0), *sizes, **named), axis=-1)
-    return _pooled(x, 0, *sizes, **named), n * 0 + divisor_override if divisor_override else n
+    ones, fill = np.ones(x.shape[-2:]), (float(count_include_pad), 0)
+    n: Array = np.sum(_pooled(ones, fill, dilation=1, **sizes), axis=-1)
+    view = _pooled(x, 0, dilation=1, **sizes)
+    return view, n * 0 + divisor_override if divisor_override else n
 
 
 def avg_pool2d(
     x: Array,
-    kernel_size: Sizes,
-    stride: Sizes,
-    padding: Sizes,
+    kernel_size: Two,
+    stride: Two,
+    padding: Two,
     ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None,
@@ -146,8 +136,8 @@ def avg_pool2d(
 
     n is `divisor_override`; or the numbers in the window, with or without those of the padding.
     """
-    sizes = (kernel_size, stride, padding, ceil_mode)
-    view, n = _average(x, count_include_pad, divisor_override, *sizes)
+    sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    view, n = _average(x, count_include_pad, divisor_override, ceil_mode=ceil_mode, **sizes)
     y: Array = np.sum(view, axis=-1) / n.astype(x.dtype)
     return y
 
@@ -171,8 +161,9 @@ def avg_backward(x: Array, y: Array, g: Array, precision: Precision, **sizes: An
     return {"input": scattered((g / n)[..., None], places, x, precision)}
 
 
-def _as_mean(x: Array, dilation: Sizes, **sizes: Any) -> Array | None:
-    return np.mean(_pooled(x, 0, **sizes), axis=-1) if np.max(dilation) == 1 else None
+def _as_mean(x: Array, dilation: Two, **sizes: Any) -> Array | None:
+    view = _pooled(x, 0, dilation=dilation, **sizes)
+    return np.mean(view, axis=-1) if np.max(dilation) == 1 else None
 
 
 def _counted_otherwise(x: Array, **sizes: Any) -> Array | None:
