@@ -30,7 +30,7 @@ def setting(model: nn.Module, input: Any) -> dict[str, Array]:
     state = model.state_dict().items()
     found |= {f"parameter {path}": each for path, each in state if isinstance(each, torch.Tensor)}
     layers = {place.path: place.kind for place in walk(model)}
-    return {"network": _text(layers), **{key: _narrow(to_numpy(found[key])) for key in found}}
+    return {"network": _text(layers), **{key: to_numpy(each) for key, each in found.items()}}
 
 
 def content(here: dict[str, Array], traces: Iterable[Trace], environment: dict[str, str]) -> bytes:
@@ -125,7 +125,7 @@ def _packed(value: Any, arrays: dict[str, Array]) -> Any:
     """`value` as JSON takes it; its arrays go to `arrays` and leave their keys."""
     if isinstance(value, np.ndarray):
         key = f"array {len(arrays)}"
-        arrays[key] = _narrow(value)
+        arrays[key] = value
         return {"array": key}
     if isinstance(value, Mapping):
         return {"dict": [[key, _packed(entry, arrays)] for key, entry in value.items()]}
@@ -141,12 +141,3 @@ def _unpacked(value: Any, arrays: dict[str, Array]) -> Any:
             return array.astype(np.float64) if array.dtype.kind == "f" else array
         return {key: _unpacked(entry, arrays) for key, entry in value["dict"]}
     return tuple(_unpacked(each, arrays) for each in value) if isinstance(value, list) else value
-
-
-def _narrow(array: Array) -> Array:
-    """In float32 where that loses nothing."""
-    if array.dtype != np.float64:
-        return array
-    with np.errstate(over="ignore"):
-        single = array.astype(np.float32)
-    return single if np.array_equal(single, array, equal_nan=True) else array

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +16,10 @@ from torchnnfs.testing.judge import Row
 from torchnnfs.testing.measure import ULP_EDGES
 from torchnnfs.testing.outcome import Outcome, plain
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure, SubFigure
-
 #: Okabe and Ito's colours, which every kind of sight tells apart; the last for all further classes.
 _COLOURS, _MARKERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#8A8A8A"), "o^sDX"
 _FINE, _BAD = "#0072B2", "#D55E00"
 _MOST_POINTS, _MOST_ROWS = 1500, 48
-_LACK = "plots need matplotlib: pip install 'torchnnfs[plot]'"
 _OFF = ("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math")
 #: The scale of errors over bounds; what lies beyond is drawn at its ends.
 _SCALE = {1e-3: "≤ 0.001", 0.01: "0.01", 0.1: "0.1", 1: "1", 10: "10", 100: "100", 1e3: "≥ 1000"}
@@ -48,11 +44,11 @@ def own_numpy() -> Iterator[None]:
 @contextmanager
 def _drawing() -> Iterator[None]:
     """One look whatever the settings of the process, which stay as they are."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("plots need matplotlib: pip install 'torchnnfs[plot]'")
     with own_numpy(), warnings.catch_warnings():
-        try:
-            from matplotlib import style
-        except ImportError:
-            raise MissingExtraError(_LACK) from None
+        from matplotlib import style
+
         look: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "axes.titlelocation": "left"}
         look |= dict.fromkeys(_OFF, False) | {"figure.titleweight": "bold", "svg.fonttype": "none"}
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in another script
@@ -61,7 +57,7 @@ def _drawing() -> Iterator[None]:
 
 
 @_drawing()
-def figure(outcome: Outcome, *names: str) -> "Figure":
+def figure(outcome: Outcome, *names: str) -> Any:
     """The `panels` of these names, or all of them, one above the other; it needs matplotlib."""
     from matplotlib.figure import Figure
 
@@ -93,16 +89,15 @@ def panels(outcome: Outcome) -> dict[str, float]:
     return {**heights, "bounds": bounds, "ulps": ulps}
 
 
+@_drawing()
 def kind_of(path: str) -> str:
     """The kind of picture that a file's name asks for, .png or .svg; it needs matplotlib."""
     if not path.lower().endswith((".png", ".svg")):
         raise ValueError(f"pictures are .png or .svg files, got {path!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError(_LACK)
     return path.lower()[-3:]
 
 
-def _points(part: "SubFigure", outcome: Outcome) -> None:
+def _points(part: Any, outcome: Outcome) -> None:
     axes, last = part.subplots(), len(_COLOURS) - 1
     finite = np.flatnonzero(np.isfinite(outcome.output).all(-1))
     drawn = np.random.default_rng(0).permutation(finite)[:_MOST_POINTS]
@@ -131,7 +126,7 @@ def _lines(outcome: Outcome) -> list[Row | str]:
     return lines
 
 
-def _bounds(part: "SubFigure", outcome: Outcome) -> None:
+def _bounds(part: Any, outcome: Outcome) -> None:
     axes, lines = part.subplots(subplot_kw={"frameon": False}), _lines(outcome)
     rows = {y: line for y, line in enumerate(lines) if isinstance(line, Row)}
     low, *_, high = _SCALE
@@ -152,7 +147,7 @@ def _bounds(part: "SubFigure", outcome: Outcome) -> None:
     part.suptitle(f"Errors over their bounds, the largest {len(rows)} of {len(outcome.rows):,}")
 
 
-def _ulps(part: "SubFigure", outcome: Outcome) -> None:
+def _ulps(part: Any, outcome: Outcome) -> None:
     edges = ["0", *(f"≤ {edge:g}" for edge in ULP_EDGES[1:-1]), f"> {ULP_EDGES[-2]:g}"]
     grid = part.subplots(len(outcome.by_candidate), sharex=True, sharey=True, squeeze=False).flat
     for axes, (name, rows) in zip(grid, outcome.by_candidate.items(), strict=True):

@@ -98,7 +98,7 @@ def remarks(outcome: Outcome) -> list[str]:
     lines = [*_accuracy(outcome), *_controls(outcome), *outcome.notes]
     if outcome.unjudged and not outcome.ok:  # else the verdict says it
         lines.append(f"{unjudged(outcome)}.")
-    return [plain(line) for line in lines]
+    return [*map(plain, lines)]
 
 
 def _accuracy(outcome: Outcome) -> Iterator[str]:
@@ -110,22 +110,21 @@ def _accuracy(outcome: Outcome) -> Iterator[str]:
             words = f"{name} ({number(row.chained_ulp)} ULP, {ratio} of the bound)"
             last.setdefault(row.dtype, {})[name] = row.chained_ulp, words
     for dtype, found in last.items():
-        ranked = [words for _, words in sorted(found.values(), key=lambda each: each[0])]
-        if len(ranked) > 1:
+        if len(found) > 1:
+            ranked = [words for _, words in sorted(found.values(), key=lambda each: each[0])]
             yield f"Closest to float64 at the end, in {dtype}: {', '.join(ranked)}."
 
 
 def _controls(outcome: Outcome) -> Iterator[str]:
-    if not outcome.controls:
-        return
     said: dict[str, list[str]] = {"rejected": [], "indistinguishable": [], "passed": []}
     for control in outcome.controls:
         said[control.outcome].append(f"{control.name} ({control.reason})")
-    beyond = f" They break layers with a formula, not {', '.join(outcome.unjudged)}."
-    yield (
-        f"Controls: {len(said['rejected'])} of {len(outcome.controls)} deliberately broken copies "
-        f"of the model rejected, each by the formula of its layer.{beyond * bool(outcome.unjudged)}"
-    )
+    if outcome.controls:
+        words = f"{len(said['rejected'])} of {len(outcome.controls)} deliberately broken copies"
+        words += " of the model rejected, each by the formula of its layer."
+        if outcome.unjudged:
+            words += f" They break layers with a formula, not {', '.join(outcome.unjudged)}."
+        yield f"Controls: {words}"
     if said["indistinguishable"]:
         yield f"Indistinguishable here: {'; '.join(said['indistinguishable'])}."
     if outcome.proves_little:

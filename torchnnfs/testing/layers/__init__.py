@@ -14,16 +14,12 @@ from torchnnfs.testing.precision import Array, Precision
 
 #: From a layer's input to its output: ``forward(x, **arguments)``.
 Forward = Callable[..., Array]
-
 #: A formula that is wrong, or None where these arguments cannot be broken in this way.
 Wrong = Callable[..., Array | None]
-
 #: Exact numbers, and how far computed ones may stray.
 Bounded = tuple[Array, Array]
-
 #: By "input", "weight", "bias".
 Gradients = dict[str, Bounded]
-
 #: A parameter that may be left out, and numbers, one for each axis.
 Maybe = Array | None
 Ints = Sequence[int]
@@ -55,17 +51,12 @@ class Layer:
     by_rows: bool = False  # each row, along the first of several axes, by itself (but along a dim)
 
 
-def finished(y: Array, bound: Array, largest: Any, precision: Precision) -> Array:
-    """`bound`, and what the last step does: flush to zero, round to the type that is stored.
+def finished(exact: Array, bound: Array, precision: Precision, largest: Any = 0.0) -> Bounded:
+    """`exact`, and `bound` with what the last step does: flush to zero, round as it is stored.
 
     Infinite where nothing is proven: the arithmetic may overflow, in what is `largest` on the way
-    to y or in y itself, or the input had no bound.
+    to the result or in the result itself, or the input had no bound.
     """
-    bound = precision.stored(y, bound + precision.tiny)
+    bound = precision.stored(exact, bound + precision.tiny)
     # What is not a number compares as false.
-    return np.where(np.abs(y) + bound + largest < precision.overflow, bound, np.inf)
-
-
-def gradient(exact: Array, bound: Array, precision: Precision, largest: Any = 0.0) -> Bounded:
-    """A gradient and its `finished` bound: what it is computed from has no error."""
-    return exact, finished(exact, bound, largest, precision)
+    return exact, np.where(np.abs(exact) + bound + largest < precision.overflow, bound, np.inf)

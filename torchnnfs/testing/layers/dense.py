@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Bounded, Gradients, Ints, Layer, Maybe, Wrong, gradient
+from torchnnfs.testing.layers import Bounded, Gradients, Ints, Layer, Maybe, Wrong, finished
 from torchnnfs.testing.layers.reshape import collected, positions, scattered, windows
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 
@@ -136,16 +136,14 @@ def convolution(
     return np.moveaxis(dense(seen, _matrix(weight, groups), bias), -1, 1 - weight.ndim)
 
 
-def convolution_bound(
-    x: Array, error: Array, precision: Precision, weight: Array, bias: Maybe, **named: Any
-) -> Array:
+def conv_bound(x: Array, error: Array, precision: Precision, weight: Array, **named: Any) -> Array:
     """That of `dense_bound`, k the inputs of one output. Transforms (Winograd, FFT) differ."""
-    matrix = _matrix(weight, named.pop("groups"))
+    matrix, bias = _matrix(weight, named.pop("groups")), named.pop("bias")
     seen, errors = _patches(x, weight, **named), _patches(error, weight, **named)
     return np.moveaxis(dense_bound(seen, errors, precision, matrix, bias), -1, 1 - weight.ndim)
 
 
-def convolution_backward(
+def conv_backward(
     x: Array, y: Array, g: Array, precision: Precision, weight: Array, bias: Maybe, **named: Any
 ) -> Gradients:
     """Those of `dense_backward`; a number of x gets the sum over the m windows that it lies in.
@@ -159,7 +157,7 @@ def convolution_backward(
     slopes, matrix = np.moveaxis(g, 1 - weight.ndim, -1), _matrix(weight, groups)
     found = dense_backward(seen, y, slopes, precision, matrix, bias)
     exact, bound = (collected(each, places, x) for each in found["input"])
-    found["input"] = gradient(exact, (collected(1.0, places, x).max() + 2) * bound, precision)
+    found["input"] = finished(exact, (collected(1.0, places, x).max() + 2) * bound, precision)
     sizes = dense_backward(np.abs(seen), y, np.abs(slopes), precision, matrix, bias)
     steps = (g.size / len(weight) + 1) * precision.stored_unit
     for name in found.keys() & {"weight", "bias"}:
@@ -215,6 +213,6 @@ _BROKEN_EMBEDDINGS: dict[str, Wrong] = {
     "an embedding shifted by one row": _with_weight(lambda w: np.roll(w, 1, axis=0), embedding)
 }
 DENSE = Layer("dense", dense, dense_bound, dense_backward, _BROKEN, dense_honest, by_rows=True)
-CONV1D = Layer("conv1d", convolution, convolution_bound, convolution_backward, _BROKEN_CONVOLUTIONS)
+CONV1D = Layer("conv1d", convolution, conv_bound, conv_backward, _BROKEN_CONVOLUTIONS)
 CONV2D = replace(CONV1D, name="conv2d")
 EMBEDDING = Layer("embedding", embedding, embedding_bound, embedding_backward, _BROKEN_EMBEDDINGS)

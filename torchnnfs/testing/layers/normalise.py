@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Ints, Layer, Maybe, Wrong, finished, gradient
+from torchnnfs.testing.layers import Gradients, Ints, Layer, Maybe, Wrong, finished
 from torchnnfs.testing.precision import Array, Precision
 
 
@@ -29,7 +29,7 @@ def _affine_bound(
     bound = w * (wrong + precision.tiny) + precision.gamma(2) * (w * (np.abs(n) + wrong) + b)
     # w / s may be flushed before it is multiplied with x and m.
     bound = bound + precision.tiny * (4 + size / inverse)
-    return finished(y, bound, w * size + b, precision)
+    return finished(y, bound, precision, w * size + b)[1]
 
 
 def _affine_backward(
@@ -45,18 +45,16 @@ def _affine_backward(
         size = np.abs(g) * (error + (count + 2) * precision.roundoff * (np.abs(factor) + error))
         bound = np.sum(size, axis=axes) + precision.tiny * count
         if named[name] is not None:
-            found[name] = gradient(np.sum(g * factor, axis=axes), bound, precision)
+            found[name] = finished(np.sum(g * factor, axis=axes), bound, precision)
     return found
 
 
 def _normal(
     x: Array, error: Array, precision: Precision, axes: tuple[int, ...], eps: float, kept: float
 ) -> tuple[Array, ...]:
-    """What `layer_bound` derives: n and its error, and three numbers more.
+    """Of rows: n, its error, ``(|x| + |m|) / s``, the largest ``1 / s``, a computed one's error.
 
-    They are ``(|x| + |m|) / s``, what cancels where n is computed as ``x / s - m / s``; the largest
-    that ``1 / s`` may be; and the relative error of a computed one. m and 1 / s are `kept` with
-    that relative error.
+    `layer_bound` derives them. m and 1 / s are `kept` with that relative error.
     """
     count = math.prod(x.shape[axis] for axis in axes)
     mean = partial(np.mean, axis=axes, keepdims=True)
@@ -91,8 +89,7 @@ def layer_norm(x: Array, normalized_shape: Ints, weight: Maybe, bias: Maybe, eps
     """
     mean = partial(np.mean, axis=_last(normalized_shape), keepdims=True)
     centred, (w, b) = x - mean(x), _affine(weight, bias)
-    y: Array = centred / np.sqrt(mean(centred**2) + eps) * w + b
-    return y
+    return np.asarray(centred / np.sqrt(mean(centred**2) + eps) * w + b)
 
 
 def layer_bound(x: Array, error: Array, precision: Precision, **named: Any) -> Array:
@@ -138,7 +135,7 @@ def layer_backward(x: Array, y: Array, g: Array, precision: Precision, **named: 
     far = 1 + np.max(np.abs(x), axis=axes, keepdims=True)
     bound = bound + precision.tiny * (np.abs(w) + 4 * far * (1 + total * far))
     found = _affine_backward(g, n, wrong, range(x.ndim - len(axes)), precision, **named)
-    return {"input": gradient(exact, bound, precision, total * far * (1 + inverse**3)), **found}
+    return {"input": finished(exact, bound, precision, total * far * (1 + inverse**3)), **found}
 
 
 def _channels(
@@ -155,8 +152,7 @@ def batch_norm(
 ) -> Array:
     """``y = (x - m) / sqrt(v + eps) w + b`` for each channel, m and v the running statistics."""
     mean, inverse, w, b = _channels(x, running_mean, running_var, weight, bias, eps)
-    y: Array = (x - mean) * inverse * w + b
-    return y
+    return np.asarray((x - mean) * inverse * w + b)
 
 
 def batch_bound(x: Array, error: Array, precision: Precision, **named: Any) -> Array:
@@ -180,7 +176,7 @@ def batch_backward(x: Array, y: Array, g: Array, precision: Precision, **named: 
     bound = gamma * np.abs(exact) + precision.tiny * (2 + inverse + np.abs(g) + np.abs(w))
     wrong, rows = gamma * np.abs(n) + precision.tiny, (0, *range(2, x.ndim))
     found = _affine_backward(g, n, wrong, rows, precision, **named)
-    return {"input": gradient(exact, bound, precision, np.abs(g) * inverse), **found}
+    return {"input": finished(exact, bound, precision, np.abs(g) * inverse), **found}
 
 
 def _of_a_sample(

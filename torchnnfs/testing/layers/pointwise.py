@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Forward, Gradients, Layer, Wrong, finished, gradient
+from torchnnfs.testing.layers import Forward, Gradients, Layer, Wrong, finished
 from torchnnfs.testing.precision import EXP, Array, Precision
 
 
@@ -45,7 +45,7 @@ def pointwise(
         if rounds is None:
             return change + precision.tiny
         change = change + rounds(x, error, precision, **arguments)
-        return finished(y, change, error, precision)
+        return finished(y, change, precision, error)[1]
 
     def backward(x: Array, y: Array, g: Array, precision: Precision, **arguments: Any) -> Gradients:
         factor, wrong = slope(x, y, precision, **arguments)
@@ -54,7 +54,7 @@ def pointwise(
             return {"input": (exact, np.full(exact.shape, precision.tiny))}
         # One product may be stored, or flushed to zero, before the last.
         wrong = np.abs(g) * wrong + precision.tiny + precision.stored_tiny
-        return {"input": gradient(exact, wrong, precision)}
+        return {"input": finished(exact, wrong, precision)}
 
     return Layer(name, forward, bound, backward, by_rows=True, **others)
 
@@ -101,8 +101,7 @@ def sigmoid(x: Array) -> Array:
     torch stores each of them on the CPU.
     """
     power = np.exp(-np.abs(x))
-    y: Array = np.where(x < 0, power, x.dtype.type(1)) / (1 + power)
-    return y
+    return np.asarray(np.where(x < 0, power, x.dtype.type(1)) / (1 + power))
 
 
 _ERFC = np.vectorize(math.erfc, otypes=[float])
@@ -118,8 +117,7 @@ def _gate(x: Array, approximate: str) -> Array:
     """What GELU multiplies x with: the normal distribution, or tanh in its place."""
     if approximate == "tanh":
         return sigmoid(2 * _SLOPE * (x + _CUBE * x * x * x))
-    gate: Array = (_ERFC(-x / math.sqrt(2)) / 2).astype(x.dtype)
-    return gate
+    return np.asarray(_ERFC(-x / math.sqrt(2)) / 2, x.dtype)
 
 
 def gelu(x: Array, approximate: str) -> Array:
@@ -139,8 +137,7 @@ def _gelu_rounds(x: Array, error: Array, precision: Precision, approximate: str)
     ``1 + erf`` and two products round.
     """
     size = precision.gamma(_ROUNDINGS[approximate]) * np.maximum(0.5, _gate(x + error, approximate))
-    rounds: Array = (size + precision.tiny) * (np.abs(x) + error)
-    return rounds
+    return np.asarray((size + precision.tiny) * (np.abs(x) + error))
 
 
 def _gelu_slope(x: Array, y: Array, precision: Precision, approximate: str) -> tuple[Array, Array]:

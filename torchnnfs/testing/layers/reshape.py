@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Bounded, Gradients, Ints, Layer, Wrong, finished, gradient
+from torchnnfs.testing.layers import Bounded, Gradients, Ints, Layer, Wrong, finished
 from torchnnfs.testing.precision import Array, Precision
 
 #: Of both axes of an image, or of each.
@@ -48,7 +48,7 @@ def scattered(values: Array, places: Array, x: Array, precision: Precision) -> B
     """
     exact, n = collected(values, places, x), collected(1.0, places, x).max()
     bound = (n + 1) * precision.roundoff * collected(np.abs(values), places, x)
-    return gradient(exact, bound + n * (precision.tiny + precision.stored_tiny), precision)
+    return finished(exact, bound + n * (precision.tiny + precision.stored_tiny), precision)
 
 
 def flatten(x: Array, start_dim: int, end_dim: int) -> Array:
@@ -87,16 +87,14 @@ def max_pool2d(
 ) -> Array:
     """``y = max x`` over each window of an image (..., height, width); padding never wins."""
     view = _pooled(x, -np.inf, kernel_size, stride, padding, ceil_mode, dilation)
-    y: Array = np.max(view, axis=-1)
-    return y
+    return np.asarray(np.max(view, axis=-1))
 
 
 def max_bound(x: Array, error: Array, precision: Precision, **sizes: Any) -> Array:
     """The largest e in a window of those that may win: ``x + e >= max(x - e)``. No rounding."""
     view, reach = _pooled(x, -np.inf, **sizes), _pooled(error, 0, **sizes)
     may_win = view + reach >= np.max(view - reach, axis=-1, keepdims=True)
-    bound: Array = np.max(np.where(may_win, reach, 0.0), axis=-1)
-    return bound + precision.tiny
+    return np.asarray(np.max(np.where(may_win, reach, 0.0), axis=-1) + precision.tiny)
 
 
 def max_backward(x: Array, y: Array, g: Array, precision: Precision, **sizes: Any) -> Gradients:
@@ -138,8 +136,7 @@ def avg_pool2d(
     """
     sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
     view, n = _average(x, count_include_pad, divisor_override, ceil_mode=ceil_mode, **sizes)
-    y: Array = np.sum(view, axis=-1) / n.astype(x.dtype)
-    return y
+    return np.asarray(np.sum(view, axis=-1) / n.astype(x.dtype))
 
 
 def avg_bound(x: Array, error: Array, precision: Precision, **sizes: Any) -> Array:
@@ -152,7 +149,7 @@ def avg_bound(x: Array, error: Array, precision: Precision, **sizes: Any) -> Arr
     view, n = _average(np.abs(x), **sizes)
     size, k = np.sum(view, axis=-1) + carried, view.shape[-1]
     bound = (carried + precision.gamma(k + 1) * size + precision.tiny * k) / np.abs(n)
-    return finished(avg_pool2d(x, **sizes), bound, size, precision)
+    return finished(avg_pool2d(x, **sizes), bound, precision, size)[1]
 
 
 def avg_backward(x: Array, y: Array, g: Array, precision: Precision, **sizes: Any) -> Gradients:

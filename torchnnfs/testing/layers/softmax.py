@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Gradients, Layer, Wrong, finished, gradient
+from torchnnfs.testing.layers import Gradients, Layer, Wrong, finished
 from torchnnfs.testing.precision import EXP, Array, Precision
 
 
@@ -95,7 +95,7 @@ def softmax_bound(x: Array, error: Array, precision: Precision, dim: int = -1) -
     # No correct result leaves [0, 1], so no error is larger than 1 and a few roundings.
     bound = np.fmin(bound, 1 + 8 * u) + precision.tiny + (precision.stored_tiny if kept else 0.0)
     widest = np.max(errors, axis=axis, keepdims=True)
-    return np.moveaxis(finished(p, bound, widest, precision), axis, dim)
+    return np.moveaxis(finished(p, bound, precision, widest)[1], axis, dim)
 
 
 def softmax_backward(x: Array, y: Array, g: Array, precision: Precision, dim: int) -> Gradients:
@@ -103,7 +103,7 @@ def softmax_backward(x: Array, y: Array, g: Array, precision: Precision, dim: in
     exact = y * (g - np.sum(g * y, axis=dim, keepdims=True))
     size = np.abs(g) + np.sum(np.abs(g * y), axis=dim, keepdims=True)
     gamma, tiny = precision.gamma(y.shape[dim] + 3), (y.shape[dim] + 2) * precision.tiny
-    return {"input": gradient(exact, y * gamma * size + tiny, precision, size)}
+    return {"input": finished(exact, y * gamma * size + tiny, precision, size)}
 
 
 def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int = -1) -> Array:
@@ -115,7 +115,7 @@ def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int = -
     y, _, carried, rounded = _moved(front, errors, precision, axis, precision.stored_unit)
     kept = precision.stored_unit * np.abs(front - y) + precision.stored_tiny + precision.tiny
     # Infinite if any error is, for so is `carried` then.
-    bound = finished(y, carried + rounded + kept, errors, precision)
+    bound = finished(y, carried + rounded + kept, precision, errors)[1]
     return np.moveaxis(bound, axis, dim)
 
 
@@ -125,7 +125,7 @@ def log_softmax_backward(x: Array, y: Array, g: Array, precision: Precision, dim
     bound = precision.gamma(y.shape[dim] + EXP + 3) * (np.abs(g) + p * sizes)
     bound = bound + precision.tiny * (2 + sizes)  # exp(y) may be flushed
     exact = g - p * np.sum(g, axis=dim, keepdims=True)
-    return {"input": gradient(exact, bound, precision, np.abs(g) + sizes)}
+    return {"input": finished(exact, bound, precision, np.abs(g) + sizes)}
 
 
 def _along_another(forward: Callable[..., Array]) -> Wrong:
@@ -135,8 +135,7 @@ def _along_another(forward: Callable[..., Array]) -> Wrong:
 
 def _unshifted(x: Array, dim: int) -> Array:
     powers = np.exp(x)
-    y: Array = powers / np.sum(powers, axis=dim, keepdims=True)
-    return y
+    return np.asarray(powers / np.sum(powers, axis=dim, keepdims=True))
 
 
 #: The control that needs large inputs to be seen.
