@@ -19,7 +19,6 @@ from torchnnfs.testing.precision import Array
 from torchnnfs.testing.traces import Call, Trace
 
 VERSION = 3
-
 #: The most that a file may unpack to: this many bytes, or times the size of input and parameters.
 MOST_BYTES, MOST_TIMES = 1 << 30, 256
 

@@ -77,14 +77,13 @@ def fragment(outcome: Outcome, unfolded: str = "") -> str:
         ]
         said.append(_table(["broken copy of the model", "outcome", "reason"], [], tried))
     facts = [_line([name, fact]) for name, fact in outcome.environment.items()]
-    legend = f"<p>{_quoted(report.LEGEND)}</p>"
     parts = [
         f'<div class="torchnnfs">\n<style>\n{_STYLE}</style>\n<div class="verdict {style}">',
         f"<b>{words}</b>{escape(sentence[0].upper() + sentence[1:])}</div>",
         _layers(outcome),
         _folded("Remarks", said, unfolded or " open" * (style != "good")),
         _folded("Pictures", _pictures(outcome), unfolded),
-        _folded("Columns", [legend], unfolded),
+        _folded("Columns", [f"<p>{_quoted(report.LEGEND)}</p>"], unfolded),
         _folded("Environment", [_table(["fact", "value"], [], facts)], unfolded),
     ]
     return "\n".join([*parts, "</div>"])

@@ -70,13 +70,10 @@ class Precision:
 
 #: The bits of a number in float64 that hold its exponent.
 _EXPONENT = np.int64(0x7FF << 52)
-
 #: What NumPy stores, by the smallest number.
 _STORED = {2.0**-1074: np.float64, 2.0**-149: np.float32, 2.0**-24: np.float16}
-
 _U64 = 2.0**-53
 _U32 = 2.0**-24 + _U64
-
 #: By the name of the dtype, as torch and NumPy spell it.
 PRECISIONS = {
     "float64": Precision(2 * _U64, 2.0**-1022, float(np.finfo(np.float64).max), 53, 2.0**-1074),

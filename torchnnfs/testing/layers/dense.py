@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.layers import Bounded, Gradients, Ints, Layer, Maybe, Wrong, finished
+from torchnnfs.testing.layers import Gradients, Ints, Layer, Maybe, Wrong, finished
 from torchnnfs.testing.layers.reshape import collected, positions, scattered, windows
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 
@@ -50,22 +50,21 @@ def dense_bound(
     return np.where(terms < precision.overflow, bound, np.inf)
 
 
-def product(a: Array, b: Array, precision: Precision) -> Bounded:
-    """``a b`` of two matrices of exact numbers, and how far a computed one may stray."""
-    return a @ b, dense_bound(a, np.zeros_like(a), precision, b.T)
-
-
 def dense_backward(
     x: Array, y: Array, g: Array, precision: Precision, weight: Array, bias: Maybe = None
 ) -> Gradients:
     """``dL/dx = g W``, ``dL/dW = g^T x``, ``dL/db = sum g``, each a product of matrices."""
     rows, flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-    found = {"input": product(g, weight, precision), "weight": product(rows.T, flat, precision)}
+    factors = {"input": (g, weight), "weight": (rows.T, flat)}
     if bias is not None:
-        found["bias"] = product(np.ones(len(rows)), rows, precision)
-    return found
+        factors["bias"] = np.ones(len(rows)), rows
+    return {
+        name: (a @ b, dense_bound(a, np.zeros_like(a), precision, b.T))
+        for name, (a, b) in factors.items()
+    }
 
 
+@np.errstate(all="ignore")
 def dense_honest(x: Array, precision: Precision, weight: Array, bias: Maybe = None) -> Array:
     """Errors of plain sums, one term after the other, each step rounded, in a few orders.
 
@@ -78,8 +77,7 @@ def dense_honest(x: Array, precision: Precision, weight: Array, bias: Maybe = No
     if bias is not None:  # one more term, whose input is 1
         narrow, factors = np.insert(narrow, 0, 1, -1), np.insert(factors, 0, bias, 0)
     chance, errors = np.random.RandomState(0), []
-    # One order may cancel by luck, so there are three, and a thousand errors in all; sixteen are
-    # enough where there are few numbers.
+    # One order may cancel by luck: a thousand errors in all, of three to sixteen orders.
     for i in range(min(16, max(3, math.ceil(1000 / exact.size)))):
         total = np.zeros(exact.shape, step)
         for k in chance.permutation(len(factors)) if i else range(len(factors)):
@@ -182,10 +180,7 @@ def embedding_bound(x: Array, error: Array, precision: Precision, **named: Any) 
 def embedding_backward(
     x: Array, y: Array, g: Array, precision: Precision, weight: Array, **named: Any
 ) -> Gradients:
-    """``dL/dW``: the sum of g where a row was taken; nothing for the row `padding_idx`.
-
-    With `scale_grad_by_freq` it is divided by how often that was.
-    """
+    """``dL/dW``: sum of g per row taken, its mean by `scale_grad_by_freq`; 0 for `padding_idx`."""
     rows = x.astype(np.int64)
     places = np.where((rows == named["padding_idx"])[..., None], 0, positions(weight)[rows])
     if named["scale_grad_by_freq"]:
@@ -194,7 +189,6 @@ def embedding_backward(
 
 
 _TF32 = replace(PRECISIONS["float32"], digits=11, smallest=2.0**-136)
-
 _BROKEN: dict[str, Wrong] = {
     "a weight matrix transposed": _with_weight(lambda w: w.T if len(w) == len(w.T) else w),
     "a weight matrix permuted": _with_weight(lambda w: np.roll(w, 1).reshape(w.shape)),

@@ -56,7 +56,7 @@ def _normal(
 
     `layer_bound` derives them. m and 1 / s are `kept` with that relative error.
     """
-    count = math.prod(x.shape[axis] for axis in axes)
+    count, gamma = math.prod(x.shape[axis] for axis in axes), precision.gamma
     mean = partial(np.mean, axis=axes, keepdims=True)
     m = mean(x)
     s = np.sqrt(mean((x - m) ** 2) + eps)
@@ -66,13 +66,12 @@ def _normal(
     # No n is larger than the root of how many there are.
     moved = np.fmin(moved, np.abs(n) + math.sqrt(count))
     largest = np.max(far, axis=axes, keepdims=True)
-    q = precision.gamma(count) * mean(far) + precision.gamma(4 + 2 * math.log(count)) * largest
-    q = q * inverse
-    eta = q * (math.sqrt(8) + q) + precision.gamma(count + 6) + 2 * precision.tiny * inverse**2
+    q = inverse * (gamma(count) * mean(far) + gamma(4 + 2 * math.log(count)) * largest)
+    eta = q * (math.sqrt(8) + q) + gamma(count + 6) + 2 * precision.tiny * inverse**2
     # Infinite where nothing is known of s.
-    relative = (1 + precision.gamma(4)) / np.sqrt(np.fmax(1 - eta, 0)) - 1 + kept
+    relative = (1 + gamma(4)) / np.sqrt(np.fmax(1 - eta, 0)) - 1 + kept
     size = (far + np.abs(m) + e) * inverse
-    rounded = q + (precision.gamma(4) + kept) * size + precision.tiny * inverse
+    rounded = q + (gamma(4) + kept) * size + precision.tiny * inverse
     rounded = rounded + relative * (np.abs(n) + moved + rounded)
     overflows = 4 * np.sum(far * far, axis=axes, keepdims=True) > precision.overflow
     return n, moved + np.where(overflows, np.inf, rounded), size, inverse, relative
@@ -83,10 +82,7 @@ def _last(normalized_shape: Ints, **others: Any) -> tuple[int, ...]:
 
 
 def layer_norm(x: Array, normalized_shape: Ints, weight: Maybe, bias: Maybe, eps: float) -> Array:
-    """``y = n w + b``, ``n = (x - m) / s``, ``s = sqrt(v + eps)``.
-
-    m and v are the mean and the variance of x over its last axes, those of `normalized_shape`.
-    """
+    """``y = n w + b``, ``n = (x - m) / s``, ``s = sqrt(v + eps)``; m, v by the last axes of x."""
     mean = partial(np.mean, axis=_last(normalized_shape), keepdims=True)
     centred, (w, b) = x - mean(x), _affine(weight, bias)
     return np.asarray(centred / np.sqrt(mean(centred**2) + eps) * w + b)
@@ -138,20 +134,18 @@ def layer_backward(x: Array, y: Array, g: Array, precision: Precision, **named: 
     return {"input": finished(exact, bound, precision, total * far * (1 + inverse**3)), **found}
 
 
-def _channels(
-    x: Array, running_mean: Array, running_var: Array, weight: Maybe, bias: Maybe, eps: float
-) -> tuple[Array, Array, Any, Any]:
+def _channels(x: Array, running_mean: Array, running_var: Array, eps: float, **named: Maybe) -> Any:
     """Mean, ``1 / s``, and what is multiplied with and added, in shapes that fit x."""
     shape, inverse = (-1,) + (1,) * (x.ndim - 2), 1 / np.sqrt(running_var + eps)
-    affine = _affine(*(each if each is None else each.reshape(shape) for each in (weight, bias)))
-    return running_mean.reshape(shape), inverse.reshape(shape), *affine
+    kept = {key: each if each is None else each.reshape(shape) for key, each in named.items()}
+    return running_mean.reshape(shape), inverse.reshape(shape), *_affine(**kept)
 
 
 def batch_norm(
     x: Array, running_mean: Array, running_var: Array, weight: Maybe, bias: Maybe, eps: float
 ) -> Array:
     """``y = (x - m) / sqrt(v + eps) w + b`` for each channel, m and v the running statistics."""
-    mean, inverse, w, b = _channels(x, running_mean, running_var, weight, bias, eps)
+    mean, inverse, w, b = _channels(x, running_mean, running_var, eps, weight=weight, bias=bias)
     return np.asarray((x - mean) * inverse * w + b)
 
 

@@ -44,8 +44,7 @@ def pointwise(
             change = np.where(np.isnan(change), np.inf, change)
         if rounds is None:
             return change + precision.tiny
-        change = change + rounds(x, error, precision, **arguments)
-        return finished(y, change, precision, error)[1]
+        return finished(y, change + rounds(x, error, precision, **arguments), precision, error)[1]
 
     def backward(x: Array, y: Array, g: Array, precision: Precision, **arguments: Any) -> Gradients:
         factor, wrong = slope(x, y, precision, **arguments)
@@ -156,8 +155,7 @@ def _gelu_slope(x: Array, y: Array, precision: Precision, approximate: str) -> t
         density = np.abs(x) * np.exp(-square / 2) / math.sqrt(2 * math.pi)
         wrong = density * (precision.gamma(EXP + 4) + np.expm1(square * precision.unit))
     slope = gate + np.copysign(density, x)
-    wrong = wrong + precision.gamma(roundings) * np.maximum(0.5, gate)
-    wrong = wrong + precision.tiny * (1 + square)
+    wrong += precision.gamma(roundings) * np.maximum(0.5, gate) + precision.tiny * (1 + square)
     return slope, wrong + precision.gamma(2) * (np.abs(slope) + wrong)
 
 
@@ -174,7 +172,6 @@ _BROKEN_LEAKY_RELUS: dict[str, Wrong] = {
 _BROKEN_GELUS: dict[str, Wrong] = {
     "GELU in its other form": lambda x, approximate: gelu(x, _OTHER[approximate])
 }
-
 IDENTITY = pointwise("identity", identity, lambda x, y, precision: (1.0, 0.0))
 DROPOUT = replace(IDENTITY, name="dropout", eval_only=True)
 RELU = pointwise("relu", relu, lambda x, y, precision: (x > 0, 0.0), controls=_BROKEN_RELUS)
@@ -185,9 +182,7 @@ LEAKY_RELU = pointwise(
         np.where(x > 0, 1.0, negative_slope),
         (x <= 0) * _leaky_size(precision, negative_slope),
     ),
-    lambda x, error, precision, negative_slope: (
-        _leaky_size(precision, negative_slope) * np.maximum(error - x, 0)
-    ),
+    lambda x, error, precision, **slope: _leaky_size(precision, **slope) * np.maximum(error - x, 0),
     controls=_BROKEN_LEAKY_RELUS,
 )
 TANH = pointwise(

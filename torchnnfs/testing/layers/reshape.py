@@ -142,8 +142,7 @@ def avg_pool2d(
 def avg_bound(x: Array, error: Array, precision: Precision, **sizes: Any) -> Array:
     """``(sum e + gamma(k+1) sum (|x| + e)) / |n|``, k the numbers of a window.
 
-    There are k - 1 additions, and a product with ``1 / n`` in the place of the quotient rounds
-    twice.
+    There are k - 1 additions; a product with ``1 / n``, in the quotient's place, rounds twice.
     """
     carried = np.sum(_average(error, **sizes)[0], axis=-1)
     view, n = _average(np.abs(x), **sizes)
@@ -172,7 +171,6 @@ def _counted_otherwise(x: Array, **sizes: Any) -> Array | None:
 _BROKEN: dict[str, Wrong] = {"flatten with the first dimension running fastest": _column_major}
 _BROKEN_MAXIMA: dict[str, Wrong] = {"max pool as mean": _as_mean}
 _BROKEN_MEANS: dict[str, Wrong] = {"average pool, padding counted otherwise": _counted_otherwise}
-
 FLATTEN = Layer(
     "flatten",
     flatten,

@@ -115,8 +115,7 @@ def log_softmax_bound(x: Array, error: Array, precision: Precision, dim: int = -
     y, _, carried, rounded = _moved(front, errors, precision, axis, precision.stored_unit)
     kept = precision.stored_unit * np.abs(front - y) + precision.stored_tiny + precision.tiny
     # Infinite if any error is, for so is `carried` then.
-    bound = finished(y, carried + rounded + kept, precision, errors)[1]
-    return np.moveaxis(bound, axis, dim)
+    return np.moveaxis(finished(y, carried + rounded + kept, precision, errors)[1], axis, dim)
 
 
 def log_softmax_backward(x: Array, y: Array, g: Array, precision: Precision, dim: int) -> Gradients:
@@ -140,7 +139,6 @@ def _unshifted(x: Array, dim: int) -> Array:
 
 #: The control that needs large inputs to be seen.
 UNSHIFTED = "softmax without the maximum subtracted, on logits of size 100"
-
 _BROKEN: dict[str, Wrong] = {
     "softmax over the wrong axis": _along_another(softmax),
     UNSHIFTED: _unshifted,
