@@ -31,8 +31,7 @@ HEADINGS = (*WORDS[:-1], *_NUMBERS, WORDS[-1])
 
 def cells(row: Row) -> list[str]:
     """A row in words, under `HEADINGS`: what text, Markdown and HTML print."""
-    # The model's own float64 run is held against a reference in perhaps another dtype: float64's
-    # units mean nothing there.
+    # The model is held against a reference in perhaps another dtype: units mean nothing there.
     units = row.candidate != "the model"
     errors = (
         f"{row.max_abs:.1e}" if row.max_abs else "0",

@@ -173,12 +173,10 @@ def batch_backward(x: Array, y: Array, g: Array, precision: Precision, **named: 
     return {"input": finished(exact, bound, precision, np.abs(g) * inverse), **found}
 
 
-def _of_a_sample(
-    x: Array, normalized_shape: Ints, weight: Maybe, bias: Maybe, eps: float
-) -> Array | None:
+def _of_a_sample(x: Array, normalized_shape: Ints, eps: float, **named: Maybe) -> Array | None:
     """With the variance divided by k - 1 in the place of k: then s is that much larger."""
     part = 1 - 1 / math.prod(normalized_shape)
-    w = _affine(weight, bias)[0] * math.sqrt(part)
+    w, bias = _affine(**named)[0] * math.sqrt(part), named["bias"]
     return layer_norm(x, normalized_shape, w, bias, eps * part) if part else None
 
 

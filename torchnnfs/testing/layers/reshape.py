@@ -22,8 +22,7 @@ def windows(x: Array, kernel: Ints, stride: Ints, dilation: Ints, pads: Any, **h
     """All windows over the last axes of x, padded: (..., *positions, numbers of one window)."""
     x = np.pad(x, [(0, 0)] * (x.ndim - len(kernel)) + [*pads], **how)
     reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
-    axes = tuple(range(-len(kernel), 0))
-    view = np.lib.stride_tricks.sliding_window_view(x, reach, axis=axes)
+    view = np.lib.stride_tricks.sliding_window_view(x, reach, tuple(range(-len(kernel), 0)))
     steps: Any = (slice(None, None, step) for step in (*stride, *dilation))
     view = view[(..., *steps)]
     return view.reshape(*view.shape[: -len(kernel)], -1)
