@@ -236,6 +236,14 @@ def test_short_and_long_axes_give_the_same():
     np.testing.assert_allclose(softmax.softmax(longer, 1)[:, :7], softmax.softmax(x, 1), rtol=1e-14)
 
 
+def test_a_bias_that_is_missing_changes_no_bit():
+    x, minus, one = np.ones((1, 2)), -np.ones(2), np.ones(2)
+    named = {"weight": minus, "bias": None, "eps": 1.0}
+    assert np.signbit(normalise.LAYER_NORM.forward(x, normalized_shape=(2,), **named)).all()
+    statistics = {"running_mean": one, "running_var": one}
+    assert np.signbit(normalise.BATCH_NORM.forward(x, **statistics, **named)).all()
+
+
 def test_which_formulas_hold_in_eval_mode_alone():
     layers = [normalise.BATCH_NORM, normalise.LAYER_NORM, pointwise.DROPOUT, pointwise.IDENTITY]
     assert [layer.eval_only for layer in layers] == [True, False, True, False]
