@@ -36,11 +36,13 @@ def pointwise(
         change = np.where(np.isfinite(y), 0.0, np.inf)
         if error.any():
             low, high = x - error, x + error
-            ends = [low, high, *(np.clip(turn, low, high) for turn in turns)]
-            values = [forward(end, **arguments) for end in ends]
-            change = np.max(np.abs(np.subtract(values, y)), axis=0)
+            size = np.abs(y)
+            for end in (low, high, *(np.clip(turn, low, high) for turn in turns)):
+                value = forward(end, **arguments)
+                change = np.maximum(change, np.abs(value - y))
+                size = np.maximum(size, np.abs(value))
             # The ends and the differences round in float64.
-            change += (error > 0) * 2.0**-51 * np.max(np.abs([y, *values]), axis=0)
+            change += (error > 0) * 2.0**-51 * size
             change = np.where(np.isnan(change), np.inf, change)
         if rounds is None:
             return change + precision.tiny
