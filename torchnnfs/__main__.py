@@ -1,7 +1,5 @@
 """The command line: `torchnnfs compare` and `torchnnfs page`."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import importlib

@@ -1,7 +1,5 @@
 """A signal ends the command line with one line and no traceback, from the first import on."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -27,8 +27,6 @@ the last place (2 u) for float64; 4 u is allowed here, and u for each rounding o
 e = 16 u y covers twice as much.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

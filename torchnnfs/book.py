@@ -24,8 +24,6 @@ All four layers share this contract:
   (``dense1.next = activation1``). Other modules are registered, as everywhere in torch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

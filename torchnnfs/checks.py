@@ -1,7 +1,5 @@
 """Arguments that several functions take, checked in one place."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

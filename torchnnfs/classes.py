@@ -1,7 +1,5 @@
 """Models with torch's classes in place of ours, and the other way round."""
 
-from __future__ import annotations
-
 import copy
 
 from torch import nn

@@ -1,7 +1,5 @@
 """`fuse`: a chain of Dense, ReLU and Softmax as one pass over the data, forward and backward."""
 
-from __future__ import annotations
-
 import functools
 import math
 import struct

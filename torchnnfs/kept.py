@@ -1,7 +1,5 @@
 """What the book's layers keep of a forward pass, and torch's modules do not."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

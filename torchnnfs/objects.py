@@ -1,7 +1,5 @@
 """What a reader's own NumPy objects hold, and whether a layer computes what they compute."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import re

@@ -1,7 +1,5 @@
 """The book's spiral data set as tensors."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from nnfs.datasets import spiral_data

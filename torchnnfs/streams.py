@@ -1,7 +1,5 @@
 """Where random numbers come from: a `torch.Generator`, or the book's NumPy stream."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What the command line does with a long input: batches for its processes, a progress line."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

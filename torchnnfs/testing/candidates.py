@@ -1,7 +1,5 @@
 """Phase 1: whatever computes a model gives a trace of what came out at which place."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import warnings

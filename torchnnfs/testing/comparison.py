@@ -1,7 +1,5 @@
 """Run the candidates, judge their traces, and give the verdict."""
 
-from __future__ import annotations
-
 import json
 import random
 import warnings

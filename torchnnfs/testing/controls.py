@@ -1,7 +1,5 @@
 """Deliberately broken copies of a model: what a judge has to reject to be believed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What the numbers of a run depend on: versions, devices and torch's settings."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterable
 from functools import cache

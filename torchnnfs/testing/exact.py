@@ -4,8 +4,6 @@ Nothing that a candidate computed enters here but, for the isolated results, the
 really got.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -3,8 +3,6 @@
 The loss is the cross-entropy of the targets, averaged over the batch.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What `compare` can be asked: clear errors for everything else."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

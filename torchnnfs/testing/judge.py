@@ -1,7 +1,5 @@
 """Phase 2: each trace is measured against the exact chain of its dtype and made rows."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator

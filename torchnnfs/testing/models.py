@@ -5,8 +5,6 @@ that leads from the input to the output: a layer with a formula, or a module tha
 forward. A model is always a chain of steps; one with its own forward is a chain of a single one.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import threading

@@ -1,7 +1,5 @@
 """What a comparison found: all that a report is made of."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torchnnfs.testing.controls import Control

@@ -1,7 +1,5 @@
 """Chapter 4's page as the book prints it, and why other computations print other digits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import zip_longest

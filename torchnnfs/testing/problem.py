@@ -1,7 +1,5 @@
 """What is expected of every trace in one dtype: by the exact chain, or by a reference."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial

@@ -1,7 +1,5 @@
 """The processes that torchrun started: they wait for each other, and notice when one stops."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

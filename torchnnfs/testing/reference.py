@@ -1,7 +1,5 @@
 """References: whatever somebody trusts, as something that gives arrays at places of the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial

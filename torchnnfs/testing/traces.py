@@ -1,7 +1,5 @@
 """Traces: what went into and came out of each place, and the hooks that see it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
