@@ -212,7 +212,7 @@ class Exact:
     def _read(self, input: Any) -> None:
         """Read the arguments of each place in its call: pruned layers make their weights then."""
         # A plain chain without hooks need not compute.
-        hooks = any(each._forward_pre_hooks for each in self.model.modules())
+        hooks = any(m._forward_pre_hooks or m._forward_hooks for m in self.model.modules())
         plain = all(place.step for place in self.places.values()) and not hooks
 
         def read(place: Place, module: nn.Module, args: Any) -> None:
