@@ -156,14 +156,17 @@ def run(arguments: argparse.Namespace) -> Iterator[dict]:
     for kind, title, samples, moved, calls in cases(arguments):
         rounds = arguments.rounds or max(7, min(100, 1_500_000 // max(samples, 1)))
         with torch.set_grad_enabled(kind == "training"):
-            rows = measure(calls, rounds, device)
+            tries = [measure(calls, rounds, device)]
+            while unrest(tries[-1]) > BUSY and len(tries) < 3:  # the rush may be over
+                tries.append(measure(calls, rounds, device))
+            rows = min(tries, key=unrest)
             for row in rows:
                 row["samples_per_second"] = samples / row["microseconds"] * 1e6
                 row["bytes_per_second"] = moved / row["microseconds"] * 1e6
                 if samples >= 1_000_000:
                     row["peak_bytes"] = peak_bytes(calls[row["peer"]], device)
         case = {"table": kind, "network": title, "samples": samples, "rounds": rounds}
-        yield {**case, "bytes": moved, "unrest": unrest(rows), "peers": rows}
+        yield {**case, "tries": len(tries), "bytes": moved, "unrest": unrest(rows), "peers": rows}
 
 
 def best_other(result: dict) -> tuple[str, float] | None:
