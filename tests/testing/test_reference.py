@@ -446,3 +446,11 @@ def test_a_part_with_its_own_forward_has_a_row_beside_a_reference(model, points)
     for reference in (None, whole[:], lambda x: whole(x)):
         rows = compare(whole, points, reference=reference, candidates=["eager"]).rows
         assert "1" in [row.layer for row in rows]
+
+
+def test_a_module_that_cannot_take_the_input_says_which_layer():
+    words = r"0 Linear raised RuntimeError: mat1 and mat2 .*the input was \(5, 2\) in torch.float32"
+    narrow, wide = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(4, 3))
+    for model, reference in ((narrow, wide), (wide, None)):
+        with pytest.raises(ValueError, match=words):
+            compare(model, torch.ones(5, 2), reference=reference, candidates=["eager"])

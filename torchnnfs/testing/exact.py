@@ -211,9 +211,10 @@ class Exact:
 
     def _read(self, input: Any) -> None:
         """Read the arguments of each place in its call: pruned layers make their weights then."""
-        # A plain chain without hooks need not compute.
+        # A plain chain without hooks need not compute, for the candidates will.
         hooks = any(m._forward_pre_hooks or m._forward_hooks for m in self.model.modules())
-        plain = all(place.step for place in self.places.values()) and not hooks
+        plain = self.basis == ITSELF and all(each.step for each in self.places.values())
+        plain = plain and not hooks
 
         def read(place: Place, module: nn.Module, args: Any) -> None:
             if place.path not in self.arguments:
