@@ -289,3 +289,24 @@ def test_layers_script_trace_and_export():
     assert torch.equal(scripted(input), expected)
     assert torch.equal(torch.fx.symbolic_trace(model)(input), expected)
     assert torch.equal(torch.export.export(model, (input,)).module()(input), expected)
+
+
+def test_a_subclass_draws_from_the_generator_of_the_constructor_or_of_its_own():
+    class Noisy(Dense):
+        def reset_parameters(self, generator=None):
+            super().reset_parameters(generator)
+            nn.init.constant_(self.bias, generator.randn())
+
+    class Ones(Dense):
+        def reset_parameters(self, generator=None):
+            nn.init.ones_(self.weight)
+
+    stream = np.random.RandomState(0)
+    expected = Dense(2, 3, generator=stream).weight
+    noisy = Noisy(2, 3, generator=np.random.RandomState(0))
+    assert torch.equal(noisy.weight, expected)
+    assert noisy.bias.tolist() == [np.float32(stream.randn())] * 3
+    ones = Ones(2, 3, generator=np.random.RandomState(1))
+    Dense.reset_parameters(ones, np.random.RandomState(0))
+    assert torch.equal(ones.weight, expected)
+    assert not any("generator" in name for name in vars(ones))

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
+from torch.nn.parameter import UninitializedParameter
 
 from torchnnfs.checks import check_count, check_generator, check_numbers
 from torchnnfs.streams import Generator
@@ -127,18 +128,25 @@ class Dense(nn.Linear):
         *,
         generator: Generator = None,
     ) -> None:
-        if not isinstance(self, nn.LazyLinear):  # which begins as a layer without inputs
-            in_features = check_count("Dense", "in_features", in_features)
-            out_features = check_count("Dense", "out_features", out_features)
-        self._generator = generator  # until `reset_parameters`, which nn.Linear calls, draws
-        super().__init__(in_features, out_features, bias, device, dtype)
+        in_features = check_count("Dense", "in_features", in_features)
+        out_features = check_count("Dense", "out_features", out_features)
+        # nn.Linear's own constructor would draw at once, from torch's generator.
+        super(nn.Linear, self).__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, device=device, dtype=dtype)
+        )
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        self.reset_parameters(generator)
 
     def reset_parameters(self, generator: Generator = None) -> None:
         """Draw the weight again from `generator`, as the constructor does, and zero the bias.
 
         On the meta device nothing is drawn: after ``to_empty`` call this to initialise.
         """
-        generator, weight = vars(self).pop("_generator", generator), cast(Any, self.weight)
+        weight: Any = self.weight
         check_generator("Dense", generator, weight.device)
         if weight.is_meta:
             return
@@ -250,7 +258,13 @@ class LazyDense(nn.LazyLinear, Dense):
         out_features = check_count("LazyDense", "out_features", out_features)
         # The layer may be moved before it draws, so only the kind of generator is checked here.
         check_generator("LazyDense", generator, torch.device("meta"))
-        super().__init__(out_features, bias, device, dtype)
+        # The constructor of nn.LazyLinear asks for a layer without inputs, which Dense refuses.
+        super(nn.LazyLinear, self).__init__(1, out_features, False, "meta")
+        self.in_features = 0
+        parameter: Any = UninitializedParameter
+        self.weight = parameter(device=device, dtype=dtype)
+        if bias:
+            self.bias = parameter(device=device, dtype=dtype)
         self._generator = generator
 
     def reset_parameters(self, generator: Generator = None) -> None:
@@ -269,10 +283,13 @@ class LazyDense(nn.LazyLinear, Dense):
                     f"least 1, got an input of shape {tuple(input.shape)}"
                 )
             check_generator("LazyDense", self._generator, self.weight.device)
-        else:  # the parameters come from a state dict
-            self.in_features = self.weight.shape[1]
-        super().initialize_parameters(input)
-        vars(self).pop("_generator", None)
+            self.in_features = input.shape[-1]
+            self.weight.materialize((self.out_features, self.in_features))
+            if self.bias is not None:
+                self.bias.materialize((self.out_features,))
+            self.reset_parameters(self._generator)
+        self.in_features = self.weight.shape[1]  # the parameters may come from a state dict
+        del self._generator
 
 
 class ReLU(nn.ReLU):
