@@ -116,6 +116,10 @@ def test_a_failed_write_keeps_the_old_file_and_the_printed_result(tmp_path, caps
         ("compare --golden g --save-golden g", "--save-golden 'g' is --golden as well"),
         ("compare --golden g --save-golden ./g", "--save-golden './g' is --golden as well"),
         ("compare --golden=", "'' is no golden file: FileNotFoundError"),
+        (
+            "compare --samples 99999999999999999999",
+            "--samples expects a number below 2**40, got 999",
+        ),
         ("compare --save-golden=", "--save-golden '' names no file"),
         ("compare --save-golden -", "each report and golden file needs a name of its own"),
         ("compare --candidates numbers", "argument --candidates: invalid choice: 'numbers'"),
@@ -432,3 +436,16 @@ def test_a_plot_of_another_kind_or_without_matplotlib(monkeypatch, capsys, tmp_p
     monkeypatch.setattr(candidates.importlib.util, "find_spec", lambda name: None)
     assert main(["compare", "--plot", "a.png"]) == 3
     assert "plots need matplotlib: pip install 'torchnnfs[plot]'" in capsys.readouterr().err
+
+
+def test_an_array_with_a_broken_header_is_wrong_input(own, tmp_path, capsys):
+    whole = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "x.npy").write_bytes(whole.replace(b"), }", b", } ", 1))
+    assert main(["compare", "usermodule:model", "--input", "x.npy"]) == 2
+    assert "--input 'x.npy' cannot be read: it is no .npy or .npz" in capsys.readouterr().err
+
+
+def test_a_file_may_have_the_name_of_standard_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "--no-controls", "--json", "./-"]) == 0
+    assert json.loads((tmp_path / "-").read_text())["ok"]

@@ -454,3 +454,18 @@ def test_a_module_that_cannot_take_the_input_says_which_layer():
     for model, reference in ((narrow, wide), (wide, None)):
         with pytest.raises(ValueError, match=words):
             compare(model, torch.ones(5, 2), reference=reference, candidates=["eager"])
+
+
+class Huge(Own):
+    def forward(self, x):
+        return super().forward(x) * 1e30 * 1e30
+
+
+def test_a_reference_of_another_kind_says_who_is_far_and_whose_run_it_was():
+    torch.manual_seed(0)
+    model, reference = Huge(), Own()
+    reference.load_state_dict(model.state_dict())
+    found = compare(model, torch.randn(4, 3), reference=nn.Sequential(reference), controls=False)
+    first = found.first_divergence
+    assert "the reference's own float64 run gives" in first.reason
+    assert "in float64 (0 times the bound for the candidate" in first.reason

@@ -336,7 +336,8 @@ class Exact:
         except _FAILS as failure:
             self.failed[path] = " ".join(str(failure).split())[:200]
             return None
-        expected.basis, expected.source = self.basis, "its own float64 run"
+        whose = "its own" if self.basis == ITSELF else "the reference's own"
+        expected.basis, expected.source = self.basis, f"{whose} float64 run"
         return expected
 
 

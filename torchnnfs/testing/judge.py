@@ -264,7 +264,7 @@ def row_of(trace: Trace, found: Finding, excess: float | None = None, wrong: boo
     if right and not found.follows:
         state = DIFFERS
         reason = "it computes right, but its input is not what the layer before it gave"
-    remark = found.remark or _who_is_far(*found.far)
+    remark = found.remark or _who_is_far(found.far)
     return Row(
         candidate=trace.name,
         device=trace.device,
@@ -340,11 +340,11 @@ def _rms(values: Array) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-def _far(trace: Trace, problem: Problem) -> tuple[float, float]:
+def _far(trace: Trace, problem: Problem) -> tuple[float, float] | None:
     """How far candidate and reference are from the model in float64, in bounds."""
     model, reference = problem.model.end(problem.precision), problem.output
     if model is None or reference is None:
-        return 0.0, 0.0
+        return None
     far = []
     for arrays in (list(leaves(trace.output).values()), list(reference.values.values())):
         found = [_judged(arrays, model, index, trace, problem) for index in range(len(arrays))]
@@ -352,10 +352,11 @@ def _far(trace: Trace, problem: Problem) -> tuple[float, float]:
     return far[0], far[1]
 
 
-def _who_is_far(candidate: float, reference: float) -> str:
+def _who_is_far(far: tuple[float, float] | None) -> str:
     """To be said beside a reference that differs."""
-    if not candidate and not reference:
+    if far is None:
         return ""
+    candidate, reference = far
     who = "both are" if min(candidate, reference) > 1 else "the candidate is"
     words = f"{who} far from the model's own layers and parameters in float64"
     if candidate <= 1:

@@ -64,7 +64,7 @@ class Finding:
     chained: Measured | None = None  # from the model's input on
     sample: Sample | None = None  # input, exact and computed output, for an honest computation
     follows: bool = True  # whether it got what the place before gave
-    far: tuple[float, float] = (0.0, 0.0)  # of candidate and reference from the model in float64
+    far: tuple[float, float] | None = None  # of candidate and reference from the float64 model
     allowed: float = 0.0  # the largest bound beside a reference for the output
     remark: str = ""  # what to add where it differs
     twice: bool = False  # whether it is about a second run
@@ -76,13 +76,16 @@ class Finding:
 
     def joined(self, other: Finding) -> Finding:
         """Both as one."""
+        far = self.far or other.far
+        if self.far and other.far:
+            far = max(self.far[0], other.far[0]), max(self.far[1], other.far[1])
         return replace(
             self,
             isolated=join(self.isolated, other.isolated),
             chained=join(self.chained, other.chained),
             sample=join(self.sample, other.sample),
             follows=self.follows and other.follows,
-            far=(max(self.far[0], other.far[0]), max(self.far[1], other.far[1])),
+            far=far,
             allowed=max(self.allowed, other.allowed),
         )
 
