@@ -590,3 +590,27 @@ def test_jax_is_a_reference(model, points):
 def test_a_candidate_says_its_own_dtype(model, points, device):
     candidate = Candidate("eager", device, torch.float16)
     assert {row.dtype for row in compare(model, points, candidates=[candidate]).rows} == {"float16"}
+
+
+class Catches(nn.Module):
+    """A forward that tries one layer and takes another where that fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 3), nn.Linear(2, 3)
+
+    def forward(self, x):
+        try:
+            return self.first(x[:, :1])
+        except RuntimeError:
+            return self.second(x)
+
+
+def test_a_layer_whose_error_is_caught_leaves_no_trace():
+    x = torch.randn(4, 2)
+    found = compare(Catches(), x, candidates=["eager"], controls=False)
+    assert found.ok, str(found)
+    (trace,) = found.traces
+    assert [call.path for call in trace.calls] == ["second", ""]
+    for call in trace.calls:
+        np.testing.assert_array_equal(call.input, x.double().numpy())

@@ -48,15 +48,16 @@ def watched(
     modules: Mapping[str, nn.Module], calls: list[Call], keep: Callable[[Tensor], Any] = to_numpy
 ) -> Iterator[None]:
     """Append each call of each module to `calls`, in the order of their ends; `keep` of tensors."""
-    given: list[tuple[Any, Any]] = []
+    given: list[tuple[nn.Module, Any, Any]] = []
 
     # Kept before the call: the layer may work in place, and hooks on gradients come behind it.
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given.append((convert(args, Tensor, keep), convert(kwargs, Tensor, keep)))
+        given.append((module, convert(args, Tensor, keep), convert(kwargs, Tensor, keep)))
 
     def after(path: str, module: nn.Module, args: Any, output: Any) -> None:
-        result = convert(output, Tensor, keep)
-        calls.append(Call(path, type(module).__name__, *given.pop(), result))
+        while (entry := given.pop())[0] is not module:
+            pass  # it raised, and the model caught that
+        calls.append(Call(path, type(module).__name__, *entry[1:], convert(output, Tensor, keep)))
 
     with ExitStack() as hooks:
         for path, module in modules.items():
