@@ -243,6 +243,8 @@ class _Console(Console):
 
 
 def _page(arguments: argparse.Namespace, group: Processes) -> int:
+    if group.rank:
+        return AGREES  # the first process prints it; all end as it does
     agrees = page.show(page.compute(_devices(arguments.device)[0]), _Console())
     return AGREES if agrees else DISAGREES
 

@@ -22,6 +22,7 @@ from torchnnfs.testing.models import (
     computable,
     convert,
     copied,
+    kept_dtype,
     leaves,
     split,
     to_numpy,
@@ -172,7 +173,7 @@ def _computed(formula: Formula, dtype: torch.dtype) -> Callable[..., Tensor]:
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         given: Tensor = next(iter((*args, *kwargs.values())))
         result = torch.from_numpy(np.array(formula(to_numpy(given))))
-        return result.to(given.device, dtype if result.is_floating_point() else None)
+        return result.to(given.device, kept_dtype(result, dtype))
 
     return forward
 

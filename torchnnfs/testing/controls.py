@@ -57,7 +57,7 @@ def try_controls(candidate: Candidate, problem: Problem) -> tuple[Control, ...]:
     tried: dict[str, Control] = {}
     for path, call in calls.items():
         layer = problem.model.places[path].layer
-        if layer is None:
+        if layer is None or np.iscomplexobj(call.output):
             continue
         wrongs: dict[str, Wrong] = dict(layer.controls)
         if path == problem.model.steps[-1]:

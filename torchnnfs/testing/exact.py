@@ -24,7 +24,9 @@ from torchnnfs.testing.models import (
     cast,
     computable,
     convert,
+    kept_dtype,
     leaves,
+    parts,
     split,
     state_of,
     to_numpy,
@@ -80,6 +82,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def moved(self, tensor: Tensor, size: float) -> Tensor:
         """The tensor with relative errors of that size, up or down."""
+        if tensor.is_complex():
+            return _of_parts(tensor, lambda part: self.moved(part, size))
         if not tensor.is_floating_point():
             return tensor
         signs = torch.randint(0, 2, tensor.shape, generator=self.random) * 2 - 1
@@ -89,8 +93,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if getattr(kwargs.get("dtype"), "is_floating_point", False):
-            kwargs["dtype"] = torch.float64
+        if (dtype := kwargs.get("dtype")) is not None:
+            kwargs["dtype"] = kept_dtype(torch.empty(0, dtype=dtype), torch.float64)
         schema, name = func._schema, func.overloadpacket.__name__
         shares = any(each.alias_info and not each.alias_info.is_write for each in schema.returns)
         if self.exact or name in _EXACT or shares:
@@ -108,6 +112,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def stored(self, tensor: Tensor, terms: float) -> Tensor:
         """What the dtype would keep of a result, a sum of that many terms."""
+        if tensor.is_complex():
+            return _of_parts(tensor, lambda part: self.stored(part, terms))
         if not tensor.is_floating_point():
             return tensor
         p = self.precision
@@ -116,6 +122,12 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tiny = torch.full_like(tensor, p.stored_tiny)
             rounded = rounded + self.moved(tiny, 1.0) - tiny
         return torch.where(tensor.abs() > p.largest, tensor * np.inf, rounded)
+
+
+def _of_parts(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A complex tensor with `change` of its real and imaginary parts."""
+    real = torch.view_as_real(tensor.resolve_conj())
+    return torch.view_as_complex(change(real).contiguous())
 
 
 #: Operations that do not round: moving what goes into them would be another question.
@@ -267,7 +279,9 @@ class Exact:
         None where the module cannot run in float64; `failed` says why.
         """
         place, precision = self.places[path], precision or self.precision
-        if place.layer is not None:
+        kinds: list[str] = []
+        convert(given, np.ndarray, lambda x: kinds.append(x.dtype.kind))
+        if place.layer is not None and "c" not in kinds:  # formulas are of real numbers
             x, off = (next(iter(leaves(each).values()), None) for each in (given, error))
             if x is None:
                 raise ValueError(f"compare expects a tensor as the input of {place.label}")
@@ -317,9 +331,14 @@ class Exact:
                 if parameters and each.is_floating_point():
                     value = to_numpy(each)
                     state[name] = torch.from_numpy(off(value, parameters * np.abs(value)))
-            args, kwargs = convert(
-                given, np.ndarray, lambda x: torch.from_numpy(off(x, next(errors, None)))
-            )
+
+            def tensor(x: Array) -> Tensor:
+                moved = off(parts(x), next(errors, None))
+                return torch.from_numpy(
+                    moved if x.dtype.kind != "c" else moved.view(x.dtype)[..., 0]
+                )
+
+            args, kwargs = convert(given, np.ndarray, tensor)
             with (
                 torch.no_grad(),
                 same_chance(),

@@ -90,7 +90,7 @@ def _array(file: ZipFile, member: ZipInfo) -> Array:
             raise ValueError("its arrays are of another version")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
         size = math.prod(shape) * dtype.itemsize
-        if dtype.kind not in "biuf" or size != member.file_size - content.tell():
+        if dtype.kind not in "biufc" or size != member.file_size - content.tell():
             raise ValueError(f"an array of {dtype} in shape {shape} takes other bytes")
         flat = np.frombuffer(content.read(), dtype)
     return flat.reshape(shape, order="F" if fortran else "C")

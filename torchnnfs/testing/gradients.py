@@ -113,7 +113,7 @@ def _gradients(
         g = gradient(call.output)
         if is_chain:  # what the next layer, or the loss, passed on, and no other
             g = gradient(calls[index + 1].input if index + 1 < len(calls) else output)
-        if place.layer is None or place.layer.backward is None:
+        if place.layer is None or place.layer.backward is None or call.output.is_complex():
             continue
         arguments = problem.exact.arguments[problem.paired[call.path]]
         x, y = to_numpy(call.input), to_numpy(call.output)

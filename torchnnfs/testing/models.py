@@ -123,6 +123,7 @@ def layer_of(module: nn.Module) -> Layer | None:
         getattr(module, "running_mean", 0) is None
         or getattr(module, "max_norm", None) is not None
         or getattr(module, "return_indices", False)
+        or any(each.is_complex() for each in module.parameters(recurse=False))
     ):
         return None  # beyond its formula
     return next((LAYERS[kind] for kind in type(module).__mro__ if kind in LAYERS), None)
@@ -227,9 +228,27 @@ def walk(model: nn.Module) -> list[Place]:
 
 def to_numpy(tensor: Tensor) -> Array:
     """The tensor's exact values as an array of its own; floating-point ones in float64."""
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+        raise RefusedError(
+            f"compare expects dense tensors with values, got one of {tensor.dtype} in "
+            f"{tensor.layout} on {tensor.device}; call .to_dense() or .dequantize() first"
+        )
     tensor = tensor.detach().cpu()  # first to the CPU: not every accelerator has float64
-    kept = torch.float64 if tensor.is_floating_point() else tensor.dtype
-    array: Array = tensor.to(kept, copy=True).numpy()
+    array: Array = tensor.to(kept_dtype(tensor, torch.float64), copy=True).resolve_conj().numpy()
+    return array
+
+
+def kept_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What `dtype` makes of a tensor: whole numbers stay, complex ones take a type of its width."""
+    if tensor.is_complex():
+        return torch.complex128 if dtype == torch.float64 else torch.complex64
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def parts(array: Any) -> Any:
+    """An array of complex numbers as one of pairs, real and imaginary part; else as it is."""
+    if isinstance(array, np.ndarray) and array.dtype.kind == "c":
+        return np.ascontiguousarray(array).view(array.real.dtype).reshape(*array.shape, 2)
     return array
 
 
@@ -246,9 +265,12 @@ def convert(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Each tensor or array in tuples, lists and dictionaries, by where it is: ``[0]['h']``."""
+    """Each tensor or array in tuples, lists and dictionaries, by where it is: ``[0]['h']``.
+
+    Arrays of complex numbers come in their `parts`.
+    """
     if isinstance(value, Tensor | np.ndarray):
-        return {name: value}
+        return {name: parts(value)}
     if isinstance(value, list | tuple):
         value = dict(enumerate(value))
     return {
@@ -268,8 +290,7 @@ def cast(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     """Copies of all tensors in `value` on `device`, the floating-point ones in `dtype`."""
 
     def moved(tensor: Tensor) -> Tensor:
-        kept = dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(kept).to(device, copy=True)
+        return tensor.detach().to(kept_dtype(tensor, dtype)).to(device, copy=True)
 
     return convert(value, Tensor, moved)
 
@@ -285,8 +306,8 @@ def own_dtype(model: nn.Module, input: Any) -> torch.dtype:
     """The dtype of most of the model's numbers; without parameters, that of the input."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in (*model.parameters(), *leaves(input).values()):
-        if tensor.is_floating_point():
-            sizes[tensor.dtype] += tensor.numel() * isinstance(tensor, nn.Parameter)
+        if tensor.is_floating_point() or tensor.is_complex():
+            sizes[tensor.dtype.to_real()] += tensor.numel() * isinstance(tensor, nn.Parameter)
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 

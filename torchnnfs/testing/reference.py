@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchnnfs.testing.models import Place, convert, leaves, parameters_of, to_numpy
+from torchnnfs.testing.models import Place, convert, leaves, parameters_of, parts, to_numpy
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 
 #: Arguments and keyword arguments.
@@ -156,9 +156,10 @@ def answer(found: Any, where: str) -> Answer:
 
     def array(value: Any) -> Array:
         if isinstance(value, Tensor):
-            precisions.append(PRECISIONS.get(str(value.dtype)[6:], PRECISIONS["float64"]))
+            real = value.real if value.is_complex() else value
+            precisions.append(PRECISIONS.get(str(real.dtype)[6:], PRECISIONS["float64"]))
             return to_numpy(value)
-        converted: Array = np.asarray(value)
+        converted: Array = parts(np.asarray(value))
         kind = converted.dtype.name
         if kind in PRECISIONS:
             converted = converted.astype(np.float64)
