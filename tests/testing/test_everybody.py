@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
-from torchnnfs import book, classifier, compare, spiral
+from torchnnfs import Dense, book, classifier, compare, spiral
 from torchnnfs.testing import Candidate, assert_agrees
 
 
@@ -614,3 +614,50 @@ def test_a_layer_whose_error_is_caught_leaves_no_trace():
     assert [call.path for call in trace.calls] == ["second", ""]
     for call in trace.calls:
         np.testing.assert_array_equal(call.input, x.double().numpy())
+
+
+class Spectrum(nn.Module):
+    """A layer with complex weights between the Fourier transform and its inverse."""
+
+    def __init__(self, wrong=0.0, real=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+        self.tanh, self.wrong, self.real = nn.Tanh(), wrong, real
+
+    def forward(self, x):
+        z = self.tanh(torch.fft.rfft(x) * self.weight)
+        z = torch.complex(z.real, z.imag + self.wrong * torch.rand_like(z.imag))
+        return torch.fft.irfft(z, n=8) if self.real else z
+
+
+def test_complex_numbers_are_judged_in_both_their_parts(tmp_path):
+    input = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    right = Spectrum(real=False)
+
+    def by_numpy(x):
+        return np.tanh(np.fft.rfft(x) * right.weight.detach().numpy())
+
+    assert compare(Spectrum(), input).ok  # complex inside, real outside
+    comparison = compare(right, input, reference=by_numpy, backward=False)
+    assert comparison.ok and not comparison.unjudged
+    assert compare(right, input, reference=by_numpy(input.numpy())).ok
+    assert not compare(right, input, reference=by_numpy(input.numpy()) + 1e-4j).ok
+    noisy = compare(Spectrum(1e-3, real=False), input).first_divergence
+    assert noisy.basis == "not the same twice" and noisy.worst.index[-1] == 1  # imaginary
+    comparison.save_golden(tmp_path / "golden.npz")
+    assert compare(right, input, golden_file=tmp_path / "golden.npz").ok
+    assert compare(right, list(input.split(7)), reference=by_numpy).ok
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(300, 3, device="meta"),
+        torch.ones(300, 3).to_sparse(),
+    ],
+    ids=["meta", "sparse"],
+)
+def test_tensors_that_are_not_dense_are_named(points, tensor):
+    with pytest.raises(ValueError, match=f"dense tensors with values, got one of {tensor.dtype}"):
+        compare(Dense(2, 3), points, reference=tensor)
