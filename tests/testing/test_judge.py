@@ -343,7 +343,9 @@ def test_other_names_are_another_structure():
     call = Call("0", "Two", (X,), {}, outputs)
     rows = judge(Trace("mine", "cpu", "float32", (call,), outputs), problem(model))
     assert rows[0].layer == "0's structure"
-    told = "0 arrays where its own float64 run gives 2 arrays (['sum'], ['double'])"
+    told = (
+        "arrays at ['sum'], ['twice'] where its own float64 run gives them at ['sum'], ['double']"
+    )
     assert rows[0].reason == told
 
 

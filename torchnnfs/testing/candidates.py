@@ -16,19 +16,24 @@ from torch import Tensor, nn
 from torchnnfs.fused import fuse
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.models import (
+    GIVEN,
+    Place,
     arguments_of,
     borrowed,
-    cast,
+    cast_input,
     computable,
     convert,
     copied,
     kept_dtype,
     leaves,
+    own_dtype,
     split,
-    to_numpy,
+    stored_dtype,
+    takes,
+    to_array,
     walk,
 )
-from torchnnfs.testing.traces import Call, Formula, Trace, watched
+from torchnnfs.testing.traces import Call, Formula, Trace, readable, watched
 
 #: From a model and an example input to a function of such inputs.
 Build = Callable[[nn.Module, Any], Callable[..., Any]]
@@ -84,20 +89,20 @@ class Candidate:
             ValueError: the candidate cannot compute this model, and why.
         """
         kind, dtype, calls = KINDS[self.name], self.dtype or torch.float32, list[Call]()
-        places = walk(model) if kind.build is None else []
-        modules = {place.path: place.module for place in places}
+        places = {each.path: each for each in walk(model)} if kind.build is None else {}
+        modules = {path: place.module for path, place in places.items()}
         modules |= {path: model.get_submodule(path) for path in extra if places and path}
         formulas: dict[str, Formula] = {
-            place.path: partial(_in_float32, place.module, place.layer)
-            for place in places
+            path: partial(_in_float32, place.module, place.layer)
+            for path, place in places.items()
             if kind.numpy and place.layer
         }
         formulas |= broken or {}
 
         def once() -> Any:
-            args, kwargs = split(cast(input, self.device, dtype))
+            args, kwargs = split(cast_input(model, input, self.device, dtype))
             output = compute(*args, **kwargs)
-            if not leaves(arrays := convert(output, Tensor, to_numpy)):
+            if not leaves(arrays := convert(output, GIVEN, to_array)):
                 raise TypeError(
                     "compare expects a model whose output is a tensor, or tensors in tuples, lists "
                     f"and dictionaries, got {type(output).__name__}"
@@ -105,9 +110,10 @@ class Candidate:
             return arrays
 
         how = borrowed if kind.build is None else partial(_built, self.name, kind.build, input)
-        with torch.no_grad(), how(model, self.device, dtype) as compute:
+        stored = stored_dtype(model, input, dtype)
+        with torch.no_grad(), how(model, self.device, stored) as compute:
             for path, formula in formulas.items():
-                vars(modules[path])["forward"] = _computed(formula, dtype)
+                vars(modules[path])["forward"] = _computed(places[path], formula, dtype)
             with watched(modules, calls):
                 output = once()
             again = once() if broken is None else None
@@ -116,12 +122,13 @@ class Candidate:
 
 @contextmanager
 def _built(
-    name: str, build: Build, input: Any, model: nn.Module, device: Any, dtype: torch.dtype
+    name: str, build: Build, input: Any, model: nn.Module, device: Any, dtype: torch.dtype | None
 ) -> Iterator[Callable[..., Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # compilers and exporters warn of what they use
         try:
-            yield build(copied(model).to(device, dtype), cast(input, device, dtype))
+            own = own_dtype(model, input) if dtype is None else dtype
+            yield build(copied(model).to(device, dtype), cast_input(model, input, device, own))
         except Exception as error:
             words = " ".join(str(error).split())[:300]
             raise ValueError(f"{name} cannot compute this model: {words}") from error
@@ -167,13 +174,18 @@ def choose(
     return chosen
 
 
-def _computed(formula: Formula, dtype: torch.dtype) -> Callable[..., Tensor]:
+def _computed(place: Place, formula: Formula, dtype: torch.dtype) -> Callable[..., Any]:
     """A forward that computes the formula; what is no integer comes in the dtype."""
+    own, inplace = place.module.forward, getattr(place.module, "inplace", False)
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        given: Tensor = next(iter((*args, *kwargs.values())))
-        result = torch.from_numpy(np.array(formula(to_numpy(given))))
-        return result.to(given.device, kept_dtype(result, dtype))
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given: Any = next(iter((*args, *kwargs.values())), None)
+        x = readable(given) if isinstance(given, Tensor) else None
+        if place.layer is None or not takes(x, place.layer):
+            return own(*args, **kwargs)
+        result = torch.from_numpy(np.array(formula(x)))
+        result = result.to(given.device, kept_dtype(result, dtype))
+        return given.copy_(result) if inplace else result
 
     return forward
 

@@ -12,6 +12,7 @@ from torchnnfs.testing.judge import DIFFERS, EXCESS, judge
 from torchnnfs.testing.layers import Layer, Wrong
 from torchnnfs.testing.layers.softmax import UNSHIFTED
 from torchnnfs.testing.measure import measure
+from torchnnfs.testing.models import takes
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.traces import Call, Formula, Trace
@@ -57,7 +58,7 @@ def try_controls(candidate: Candidate, problem: Problem) -> tuple[Control, ...]:
     tried: dict[str, Control] = {}
     for path, call in calls.items():
         layer = problem.model.places[path].layer
-        if layer is None or np.iscomplexobj(call.output):
+        if layer is None or not takes(call.input, layer):
             continue
         wrongs: dict[str, Wrong] = dict(layer.controls)
         if path == problem.model.steps[-1]:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 from zipfile import ZipFile, ZipInfo
 
@@ -37,7 +37,7 @@ def content(here: dict[str, Array], traces: Iterable[Trace], environment: dict[s
     arrays, runs = dict(here), []
     for trace in traces:
         device = f"{trace.device} ({environment.get(f'device {trace.device}', 'elsewhere')})"
-        runs.append(_packed(asdict(replace(trace, again=None, device=device)), arrays))
+        runs.append(_packed(replace(trace, again=None, device=device), arrays))
     whole: dict[str, Any] = {**arrays, "about": _text({"version": VERSION, "runs": runs})}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **whole)
@@ -126,6 +126,8 @@ def _packed(value: Any, arrays: dict[str, Array]) -> Any:
         key = f"array {len(arrays)}"
         arrays[key] = value
         return {"array": key}
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {each.name: getattr(value, each.name) for each in fields(value)}
     if isinstance(value, Mapping):
         return {"dict": [[key, _packed(entry, arrays)] for key, entry in value.items()]}
     if isinstance(value, list | tuple):

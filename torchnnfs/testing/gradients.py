@@ -18,10 +18,19 @@ from torchnnfs.testing.exact import ROUNDING
 from torchnnfs.testing.layers import softmax
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.merge import Finding
-from torchnnfs.testing.models import borrowed, cast, leaves, split, state_of, to_numpy
+from torchnnfs.testing.models import (
+    borrowed,
+    cast_input,
+    leaves,
+    split,
+    state_of,
+    stored_dtype,
+    takes,
+    to_numpy,
+)
 from torchnnfs.testing.precision import Array, Precision
 from torchnnfs.testing.problem import Problem
-from torchnnfs.testing.traces import Call, watched
+from torchnnfs.testing.traces import Call, readable, watched
 
 
 def judge_gradients(candidate: Candidate, target: Any, problem: Problem) -> list[Finding]:
@@ -37,7 +46,7 @@ def judge_gradients(candidate: Candidate, target: Any, problem: Problem) -> list
             "compare with backward expects as reference a module with the model's own layers"
         )
     if not isinstance(target, Tensor):
-        target = torch.as_tensor(np.asarray(target))
+        target = torch.as_tensor(np.array(target))
     found, times = [], Counter[str]()
     with torch.inference_mode(False), torch.enable_grad():
         for path, kind, value, pair in _gradients(candidate, target, problem):
@@ -54,16 +63,17 @@ def _run(candidate: Candidate, problem: Problem) -> tuple[Any, Any, dict[str, Te
     """The first input, the output, the parameters and the calls of the layers, with history."""
     device, model, dtype = candidate.device, problem.model.model, problem.model.dtype
     parameters = dict(model.named_parameters())
-    state = state_of(model, device, dtype)
+    stored = stored_dtype(model, problem.input, dtype)
+    state = state_of(model, device, stored)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         # A parameter that need not change is the model's own, so that its hooks see its gradient.
-        same = parameter.dtype == dtype and parameter.device == torch.device(device)
+        same = stored in (None, parameter.dtype) and parameter.device == torch.device(device)
         if same and parameter.requires_grad:
             state[name] = parameter
         elif state[name].is_floating_point():
             state[name].requires_grad_()
-    args, kwargs = split(cast(problem.input, device, dtype))
+    args, kwargs = split(cast_input(model, problem.input, device, dtype))
     tensors = list(leaves([args, kwargs]).values())
     for each in tensors:
         each.requires_grad_(each.is_floating_point())
@@ -71,7 +81,7 @@ def _run(candidate: Candidate, problem: Problem) -> tuple[Any, Any, dict[str, Te
     places = problem.model.places.items()
     known = {path: place.module for path, place in places if place.layer is not None}
     watching = watched(known, calls, lambda tensor: tensor)
-    with borrowed(model, device, dtype, state) as run, watching:
+    with borrowed(model, device, stored, state) as run, watching:
         for module in model.modules():
             if getattr(module, "inplace", False):
                 vars(module)["inplace"] = False  # else the layer's own input would be gone
@@ -94,14 +104,22 @@ def _gradients(
     steps = problem.model.steps
     last = problem.model.places[steps[-1]].layer
     loss, by_hand = _LOSSES.get(last.name if last else "", _LOSSES[""])
-    wanted = [output, *parameters.values(), *(call.output for call in calls)]
-    wanted += [each for each in (whole, *(call.input for call in calls)) if each.requires_grad]
+    if not output.requires_grad:
+        raise ValueError(
+            "compare with backward expects an output with gradients, got one without: no parameter "
+            "requires grad, or the forward runs under torch.no_grad()"
+        )
+    met = [output, whole, *parameters.values()]
+    met += [tensor for call in calls for tensor in (call.input, call.output)]
+    wanted = [each for each in met if isinstance(each, Tensor) and each.requires_grad]
     grads = torch.autograd.grad(loss(output, target), wanted, allow_unused=True, retain_graph=True)
     found = {id(tensor): grad for tensor, grad in zip(wanted, grads, strict=True)}
 
     def gradient(tensor: Tensor) -> Array:
-        grad = found[id(tensor)]  # what does not reach the loss has no gradient: it is zero
-        return np.zeros(tuple(tensor.shape), np.float64) if grad is None else to_numpy(grad)
+        grad = found.get(id(tensor))  # what does not reach the loss has no gradient: it is zero
+        if grad is None:
+            return np.zeros(tuple(tensor.shape), np.float64)
+        return to_numpy(grad.to_dense())
 
     rows = np.eye(classes, dtype=np.float64)[target.cpu().numpy()]
     pair = by_hand(to_numpy(output), rows, precision)
@@ -113,16 +131,21 @@ def _gradients(
         g = gradient(call.output)
         if is_chain:  # what the next layer, or the loss, passed on, and no other
             g = gradient(calls[index + 1].input if index + 1 < len(calls) else output)
-        if place.layer is None or place.layer.backward is None or call.output.is_complex():
+        if place.layer is None or place.layer.backward is None:
+            continue
+        x, y = readable(call.input), readable(call.output)
+        if not takes(x, place.layer):
             continue
         arguments = problem.exact.arguments[problem.paired[call.path]]
-        x, y = to_numpy(call.input), to_numpy(call.output)
         for name, pair in place.layer.backward(x, y, g, precision, **arguments).items():
             if name == "input":
-                if not call.input.requires_grad:
+                cut = is_chain and index and calls[index - 1].output.requires_grad
+                if not call.input.requires_grad and not cut:
                     continue
                 if is_chain:
                     value = gradient(call.input if index else whole)
+                elif not call.output.requires_grad:
+                    continue
                 else:  # that of this layer alone: its input goes elsewhere as well
                     reached = torch.from_numpy(g).to(call.output.device, call.output.dtype)
                     own = torch.autograd.grad(call.output, call.input, reached, retain_graph=True)

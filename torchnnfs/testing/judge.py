@@ -21,6 +21,8 @@ from torchnnfs.testing.traces import Call, Trace
 EXCESS, TWICE = "excess", "not the same twice"
 
 #: What a row says of its layer.
+#: The name of rows about the model in float64, beside a reference.
+MODEL = "the model"
 OK, DIFFERS, INPUT, NOTHING = "ok", "differs", "right, but its input was wrong", "not judged"
 
 #: An error this many times an honest computation's is no rounding error. Correct computations
@@ -111,7 +113,7 @@ def find(trace: Trace, problem: Problem) -> list[Finding]:
     """What is measured of a trace: of two runs, of each call, and of the output."""
     reference, steps = problem.reference, problem.model.steps
     found = [*_twice(trace, problem)]
-    times: Counter[str] = Counter()
+    times, calls = Counter[str](), Counter(call.path for call in trace.calls)
     step, last = 0, None
     for call in trace.calls:
         place = problem.model.places.get(call.path)
@@ -126,10 +128,18 @@ def find(trace: Trace, problem: Problem) -> list[Finding]:
             if step == 0 and follows:
                 isolated = chained  # nothing came before: both are one
             step, last = step + 1, call.output
+        if not leaves(call.output):
+            continue
         if isolated is None or call.path in reference.sources:
             isolated = problem.isolated(call)
-        if problem.is_own and call.path and call.path in reference.recorded:
-            chained = problem.recorded(call.path)
+        calls[call.path] -= 1
+        if (
+            problem.is_own
+            and call.path in reference.recorded
+            and call.path
+            and not calls[call.path]
+        ):
+            chained = problem.recorded(call.path)  # which holds what came out last
         if isolated is None and chained is None:
             continue
         times[call.path] += 1
@@ -162,7 +172,7 @@ def find_formula(problem: Problem) -> tuple[Trace, list[Finding]] | None:
     exact = None if problem.formula is None else problem.model.end(PRECISIONS["float64"])
     if problem.formula is None or exact is None:
         return None
-    trace = Trace("the model", "cpu", "float64", (), exact.output)
+    trace = Trace(MODEL, "cpu", "float64", (), exact.output)
     words = "in float64 this is no rounding: the code or the parameters differ"
     if list(problem.reference.sources) == [""]:
         words += "; a reference that maps layers to functions or arrays shows where"
@@ -210,8 +220,12 @@ def _measured(
     values = leaves(output)
     bounds = [] if (some := isolated or chained) is None else list(some.bounds)
     names = list(values) if len(values) == len(bounds) else [*values, *bounds][:1]
-    if trace.calls and len(names) > 1 and names != bounds:
-        values, names = {}, ["'s structure"]  # the same number of arrays, but other places
+    named = trace.calls or trace.name == MODEL  # exporters give their arrays without names
+    if named and len(names) > 1 and names != bounds:  # as many arrays, but other places
+        structure = unlike(f"arrays at {', '.join(names)}", f"them at {', '.join(bounds)}")
+        structure = replace(structure, source=(isolated or chained or structure).source)
+        yield replace(here, leaf="'s structure", chained=structure)
+        return
     arrays = list(values.values())
     for index, name in enumerate(names):
         alone = None if isolated is None else _judged(arrays, isolated, index, trace, problem)

@@ -91,6 +91,10 @@ def measure(
     if not value.size:
         return Measured(0.0, 0.0, 0, 0.0, _NOWHERE, _NONE, 0, 0)
     bound = np.broadcast_to(bound, exact.shape)
+    whole = value.dtype.kind in "iu" and exact.dtype.kind in "iu"
+    if whole and max(abs(int(exact.min())), abs(int(exact.max()))) > 2**53:
+        # Float64 does not hold them exactly, but their differences.
+        value, exact = np.subtract(value, exact, dtype=object), np.zeros(exact.shape)
     flat = [np.asarray(each, np.float64).reshape(-1) for each in (value, exact, bound)]
 
     def block(first: int) -> Measured:

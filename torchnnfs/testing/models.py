@@ -9,17 +9,16 @@ import copy
 import inspect
 import threading
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.rnn import PackedSequence
 
 from torchnnfs.testing.layers import Forward, Layer, dense, normalise, pointwise, reshape, softmax
 from torchnnfs.testing.precision import Array
@@ -168,6 +167,13 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {name: each for name, each in parameters.items() if each.kind not in various}
 
 
+def takes(x: Any, layer: Layer) -> TypeGuard[Array]:
+    """Whether the layer's formula is one of such an input: real numbers along an axis or more."""
+    if not isinstance(x, np.ndarray) or not x.size or not x.ndim or x.dtype.kind == "c":
+        return False
+    return x.dtype.kind == "f" or "pool" not in layer.name  # torch's means of integers are integers
+
+
 @contextmanager
 def computable(module: nn.Module, layer: Layer, x: Array) -> Iterator[None]:
     """Say it where a formula cannot compute: the module may be another layer than its type says."""
@@ -238,8 +244,10 @@ def to_numpy(tensor: Tensor) -> Array:
     return array
 
 
-def kept_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+def kept_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """What `dtype` makes of a tensor: whole numbers stay, complex ones take a type of its width."""
+    if dtype is None:
+        return tensor.dtype
     if tensor.is_complex():
         return torch.complex128 if dtype == torch.float64 else torch.complex64
     return dtype if tensor.is_floating_point() else tensor.dtype
@@ -252,32 +260,64 @@ def parts(array: Any) -> Any:
     return array
 
 
-def convert(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """`value` with `change` of each `kind` in its tuples, lists and dictionaries."""
+#: What a model may give: tensors, and numbers of Python and NumPy.
+GIVEN = Tensor | complex | float | int | np.generic
+
+
+def to_array(value: Any) -> Array:
+    """One of `GIVEN` as an array."""
+    return to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
+
+
+def convert(value: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with `change` of each `kind` in its tuples, lists, dictionaries and dataclasses."""
     if isinstance(value, Mapping):
-        return {key: convert(entry, kind, change) for key, entry in value.items()}
+        found = {key: convert(entry, kind, change) for key, entry in value.items()}
+        if type(value) is not dict and isinstance(value, MutableMapping):
+            same = copy.copy(value)
+            same.update(found)
+            return same
+        return found
+    if is_dataclass(value) and not isinstance(value, type):
+        value = copy.copy(value)
+        for each in fields(value):
+            entry = convert(getattr(value, each.name), kind, change)
+            object.__setattr__(value, each.name, entry)  # also of a frozen one
+        return value
     if isinstance(value, list | tuple):
-        entries = [convert(entry, kind, change) for entry in value]
-        if hasattr(value, "_fields") and not isinstance(value, PackedSequence):
-            return type(value)(*entries)
-        return entries if isinstance(value, list) else tuple(entries)
+        listed = [convert(entry, kind, change) for entry in value]
+        if hasattr(value, "_make"):  # a named tuple
+            return value._make(listed)
+        return listed if isinstance(value, list) else tuple(listed)
     return change(value) if isinstance(value, kind) else value
 
 
-def leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Each tensor or array in tuples, lists and dictionaries, by where it is: ``[0]['h']``.
-
-    Arrays of complex numbers come in their `parts`.
-    """
-    if isinstance(value, Tensor | np.ndarray):
-        return {name: parts(value)}
+def entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in tuples, lists, dictionaries and dataclasses, and where: ``[0]['h']``."""
     if isinstance(value, list | tuple):
         value = dict(enumerate(value))
-    return {
-        path: leaf
-        for key, entry in (value.items() if isinstance(value, Mapping) else ())
-        for path, leaf in leaves(entry, f"{name}[{key!r}]").items()
-    }
+    elif is_dataclass(value) and not isinstance(value, type | Mapping):
+        value = {each.name: getattr(value, each.name) for each in fields(value)}
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from entries(entry, f"{name}[{key!r}]")
+    else:
+        yield name, value
+
+
+def leaves(value: Any) -> dict[str, Any]:
+    """The tensors and arrays among the `entries`; those of complex numbers in their `parts`."""
+    arrays = Tensor | np.ndarray
+    return {name: parts(entry) for name, entry in entries(value) if isinstance(entry, arrays)}
+
+
+def unread(output: Any) -> list[str]:
+    """What is in a model's output, and is neither tensor nor text, so that nothing judges it."""
+    return [
+        f"(output){name}, which is no tensor but {type(entry).__name__}"
+        for name, entry in entries(output)
+        if not isinstance(entry, Tensor | np.ndarray | str | None)
+    ]
 
 
 def rows_in(input: Any) -> int:
@@ -286,13 +326,36 @@ def rows_in(input: Any) -> int:
     return len(first) if first is not None and first.ndim else 1
 
 
-def cast(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """Copies of all tensors in `value` on `device`, the floating-point ones in `dtype`."""
+def cast(
+    value: Any,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    kept: Collection[torch.dtype] = (),
+) -> Any:
+    """Copies of all tensors in `value` on `device`, but for the `kept` ones in `dtype`.
+
+    None: in their own. A parameter stays one.
+    """
 
     def moved(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(kept_dtype(tensor, dtype)).to(device, copy=True)
+        own = None if tensor.dtype in kept else dtype
+        made = tensor.detach().to(kept_dtype(tensor, own)).to(device, copy=True)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(made, tensor.requires_grad)
+        return made
 
     return convert(value, Tensor, moved)
+
+
+def cast_input(model: nn.Module, input: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """A copy of the model's input in `dtype`; a model of several dtypes may take any of them."""
+    own = own_dtype(model, input) == dtype
+    return cast(input, device, dtype, {each.dtype for each in model.parameters()} if own else ())
+
+
+def stored_dtype(model: nn.Module, input: Any, dtype: torch.dtype) -> torch.dtype | None:
+    """What the model's numbers are cast to; None, as they are, where the dtype is the model's."""
+    return None if own_dtype(model, input) == dtype else dtype
 
 
 def split(input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -311,7 +374,9 @@ def own_dtype(model: nn.Module, input: Any) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
-def state_of(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+def state_of(
+    model: nn.Module, device: torch.device | str, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     """Copies of the model's parameters and buffers by their names, as `cast` makes them."""
     named = dict([*model.named_parameters(), *model.named_buffers()])
     return {name: cast(tensor, device, dtype) for name, tensor in named.items()}
@@ -324,7 +389,7 @@ _BORROWED = threading.RLock()
 def borrowed(
     model: nn.Module,
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Callable[..., Any]]:
     """The model as a function of its arguments, with `state`, or what `state_of` gives.
@@ -351,7 +416,7 @@ def borrowed(
                 for name, value in list(vars(module).items()):
                     if isinstance(value, Tensor):
                         vars(module)[name] = cast(value, device, dtype)
-            if own_dtype(model, ()) != dtype:
+            if dtype is not None and own_dtype(model, ()) != dtype:
                 torch.set_default_dtype(dtype)  # for tensors that a forward makes
             yield run
         finally:
@@ -375,20 +440,27 @@ def _failure(model: nn.Module, error: Exception, given: Any) -> str:
 def _keep(module: nn.Module) -> Callable[[], None]:
     """What restores the module's attributes after a forward that changes them."""
     attributes = dict(vars(module))
-    kinds = (dict, list, set, np.ndarray)
-    contents = [(each, copy.copy(each)) for each in attributes.values() if isinstance(each, kinds)]
+    contents: dict[int, tuple[Any, Any]] = {}
+
+    def keep(value: Any) -> None:
+        if isinstance(value, dict | list | set | deque | np.ndarray) and id(value) not in contents:
+            contents[id(value)] = value, copy.copy(value)
+            entries = value.values() if isinstance(value, dict) else value
+            for each in () if isinstance(value, np.ndarray) else entries:
+                keep(each)
+
+    for each in attributes.values():
+        keep(each)
 
     def restore() -> None:
         vars(module).clear()
         vars(module).update(attributes)
-        for value, content in contents:
-            if isinstance(value, dict | set):
-                value.clear()
-                value.update(content)
-            elif isinstance(value, list):
-                value[:] = content
-            else:
+        for value, content in contents.values():
+            if isinstance(value, np.ndarray):
                 value[...] = content
+                continue
+            value.clear()
+            value.extend(content) if isinstance(value, list | deque) else value.update(content)
 
     return restore
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Exact, Expected
-from torchnnfs.testing.models import convert, leaves, own_dtype, rows_in, split
+from torchnnfs.testing.models import convert, leaves, own_dtype, rows_in, split, to_numpy
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.reference import Answer, Reference
 from torchnnfs.testing.traces import Call
@@ -51,9 +52,7 @@ class Problem:
         if source is None or not self.is_own:
             return None if path is None else self.exact.at(path, given)
         answer = source(given, self.model.dtype != torch.float64)
-        return self._beside(
-            answer, lambda each: None if path is None else self.exact.at(path, given, None, each)
-        )
+        return self._beside(answer, partial(self.model.at, call.path, given, None))
 
     def chained(self, index: int) -> Expected | None:
         """What comes out of that step of the chain."""
@@ -88,21 +87,29 @@ class Problem:
         """
         if not self.is_own or not self.reference.judges_output:
             return None
-        ours = self.model.inside("", _DOUBLE)
-        if ours is None:
+        module = self.reference.module
+        if module is not None and not self.mismatch and self.model.plain and self.end.plain:
+            return None  # its formulas are all that it computes
+        ours, answer = self.model.inside("", _DOUBLE), self._answer
+        theirs = ours if module is None else self.end.inside("", _DOUBLE)
+        if module is not None and theirs is not None:
+            answer = Answer(theirs.output, _DOUBLE)
+        if ours is None or answer is None or answer.precision is not _DOUBLE:
             return None
-        if self.reference.module is not None:
-            theirs = self.end.inside("", _DOUBLE) if self.mismatch else None
-            return theirs and _allowing(Answer(theirs.output, _DOUBLE), ours, theirs)
-        answer = self._answer
-        if answer is None or answer.precision is not _DOUBLE:
-            return None
-        # A function gets this very input; an array may come from one that was not rounded yet.
-        reach = self.model.reach(inputs="" in self.reference.recorded)
-        if reach is None:
-            return None
-        bounds = {name: bound + reach[name] for name, bound in ours.bounds.items()}
-        return replace(_allowing(answer, replace(ours, bounds=bounds), ours), basis=ESTIMATED)
+        bounds = ours.bounds
+        if module is None or not self._same_parameters(module):
+            # A function gets this very input; an array may come from one that was not rounded yet.
+            reach = self.model.reach(inputs="" in self.reference.recorded)
+            if reach is None:
+                return None
+            bounds = {name: bound + reach[name] for name, bound in bounds.items()}
+        return replace(_allowing(answer, replace(ours, bounds=bounds), theirs), basis=ESTIMATED)
+
+    def _same_parameters(self, module: nn.Module) -> bool:
+        ours, theirs = (dict(each.named_parameters()) for each in (self.model.model, module))
+        return ours.keys() == theirs.keys() and all(
+            np.array_equal(to_numpy(ours[name]), to_numpy(theirs[name])) for name in ours
+        )
 
     @cached_property
     def output(self) -> Expected | None:
@@ -137,20 +144,34 @@ class Problem:
             return ()
         covered = self.reference.sources.keys() | self.reference.recorded.keys()
         places = [self.model.places[path] for path in dict.fromkeys(self.model.steps)]
-        return tuple(
-            place.title for place in places if place.layer is None and place.path not in covered
+        made = [
+            f"how {place.title} makes its parameters"
+            for place in self.model.places.values()
+            if place.layer and (parametrize.is_parametrized(place.module) or _prunes(place.module))
+        ]
+        return (
+            *(each.title for each in places if each.layer is None and each.path not in covered),
+            *made,
         )
+
+
+def _prunes(module: nn.Module) -> bool:
+    """Whether torch's hooks for pruning or weight norm make its parameters."""
+    hooks = module._forward_pre_hooks.values()
+    return any(type(each).__module__.startswith("torch.nn.utils") for each in hooks)
 
 
 def _fitted(output: Any, expected: Expected) -> Any:
     """The reference's output in the order of the model's; a list of rows as one array."""
-    values = leaves(output)
+    values, wanted = leaves(output), expected.values
     rows = isinstance(output, list | tuple) and len({value.shape for value in values.values()}) == 1
-    if rows and len(values) > 1 and list(expected.bounds) == [""]:
-        return np.stack(list(values.values()))
-    if values.keys() == expected.bounds.keys() or len(values) == len(expected.bounds) == 1:
-        named = values if len(values) > 1 else dict.fromkeys(expected.bounds, *values.values())
-        ordered = iter([named[name] for name in expected.bounds])
+    if rows and list(wanted) == [""] and wanted[""].shape[:1] == (len(values),):
+        stacked = np.stack(list(values.values()))
+        if len(values) > 1 or stacked.shape == wanted[""].shape:
+            return stacked
+    if values.keys() == wanted.keys() or len(values) == len(wanted) == 1:
+        named = values if len(values) > 1 else dict.fromkeys(wanted, *values.values())
+        ordered = iter([named[name] for name in wanted])
         return convert(expected.output, np.ndarray, lambda _: next(ordered))
     return output
 
@@ -182,6 +203,8 @@ def nominal(value: Array, precision: Precision) -> Array:
 def _pair(model: Exact, other: Exact) -> tuple[str, dict[str, str]]:
     """Where the layers of the two first differ, in words, or the places of `other` by ours."""
     ours, theirs = _called(model), _called(other)
+    if ours.keys() == theirs.keys():
+        theirs = {path: theirs[path] for path in ours}  # in whatever order they were registered
     ends = ("", "nothing more")
     for (path, expected), (_, got) in zip_longest(ours.items(), theirs.items(), fillvalue=ends):
         if expected != got:

@@ -62,7 +62,7 @@ def read(reference: Any, model: nn.Module, places: Sequence[Place]) -> Reference
         return Reference(notes=(words,))
     if isinstance(reference, nn.Module):
         return Reference(module=reference)
-    if isinstance(reference, Sequence) and not isinstance(reference, str):
+    if isinstance(reference, Sequence) and not isinstance(reference, str) and not leaves(reference):
         return _in_order(reference, places)
     named = reference if isinstance(reference, Mapping) else {"": reference}
     if not named:
@@ -76,7 +76,7 @@ def read(reference: Any, model: nn.Module, places: Sequence[Place]) -> Reference
                 f"there are {', '.join(map(repr, paths))} ('' is the output)"
             )
         where = f"at {path!r}" if path else "for the output"
-        if isinstance(entry, np.ndarray | Tensor):
+        if leaves(entry) or (hasattr(entry, "__array__") and not hasattr(entry, "forward")):
             found.recorded[path] = answer(entry, where)
         else:
             found.sources[path] = source(entry, where)
@@ -152,20 +152,22 @@ def source(entry: Any, where: str) -> Source:
 
 def answer(found: Any, where: str) -> Answer:
     """Arrays of any library as NumPy's, and what they were computed in."""
-    precisions = [PRECISIONS["float64"]]
+    precisions, doubles = [PRECISIONS["float64"]], [np.zeros(0)]
 
-    def array(value: Any) -> Array:
+    def array(value: Any) -> Any:
+        if value is None:
+            return None
         if isinstance(value, Tensor):
             real = value.real if value.is_complex() else value
             precisions.append(PRECISIONS.get(str(real.dtype)[6:], PRECISIONS["float64"]))
             return to_numpy(value)
         converted: Array = parts(np.asarray(value))
-        kind = converted.dtype.name
-        if kind in PRECISIONS:
+        kind = converted.dtype.name if converted.dtype.itemsize <= 8 else "float64"
+        if kind in PRECISIONS and converted.dtype.kind == "f":
             converted = converted.astype(np.float64)
-            # Float64 that holds numbers of float32 alone was computed in float32.
-            single = kind == "float64" and _is_single(converted)
-            precisions.append(PRECISIONS["float32" if single else kind])
+            precisions.append(PRECISIONS[kind])
+            if kind == "float64":
+                doubles.append(converted.reshape(-1))
         elif converted.dtype.kind not in "iub":
             raise NoAnswerError(
                 f"compare expects the reference {where} to give arrays of numbers, got "
@@ -177,6 +179,8 @@ def answer(found: Any, where: str) -> Answer:
         isinstance(found, list | tuple) and any(hasattr(each, "shape") for each in found)
     )
     output = convert(found, object, array) if nested else array(found)
+    if _is_single(np.concatenate(doubles)):  # then they were computed in float32
+        precisions.append(PRECISIONS["float32"])
     return Answer(output, max(precisions, key=lambda each: each.roundoff))
 
 
@@ -185,4 +189,4 @@ def _is_single(values: Array) -> bool:
     with np.errstate(over="ignore"):
         same = np.array_equal(values.astype(np.float32), values, equal_nan=True)
     simple = np.array_equal(np.rint(values * 256), values * 256, equal_nan=True)
-    return values.size > 8 and same and not simple
+    return bool(values.size) and same and not simple

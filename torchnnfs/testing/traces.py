@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torchnnfs.testing.models import convert, to_numpy
+from torchnnfs.testing.models import GIVEN, RefusedError, convert, to_array
 
 #: From the input that a module got to what takes the place of its output.
 Formula = Callable[[np.ndarray], np.ndarray]
@@ -28,7 +28,7 @@ class Call:
     @property
     def input(self) -> Any:
         """The first argument: all that a layer with a formula takes."""
-        return next(iter((*self.args, *self.kwargs.values())))
+        return next(iter((*self.args, *self.kwargs.values())), None)
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,19 @@ class Trace:
     again: Any = None  # the output of a second run
 
 
+def readable(value: Any) -> Any:
+    """The numbers as an array; None for those that cannot be read, as inside of `torch.vmap`."""
+    try:
+        return to_array(value)
+    except (RefusedError, RuntimeError):
+        return None
+
+
 @contextmanager
 def watched(
-    modules: Mapping[str, nn.Module], calls: list[Call], keep: Callable[[Tensor], Any] = to_numpy
+    modules: Mapping[str, nn.Module], calls: list[Call], keep: Callable[[Any], Any] = readable
 ) -> Iterator[None]:
-    """Append each call of each module to `calls`, in the order of their ends; `keep` of tensors."""
+    """Append each call of each module to `calls`, in the order of their ends; `keep` of numbers."""
     given: list[tuple[nn.Module, Any, Any]] = []
 
     # Kept before the call: the layer may work in place, and hooks on gradients come behind it.
@@ -57,7 +65,7 @@ def watched(
     def after(path: str, module: nn.Module, args: Any, output: Any) -> None:
         while (entry := given.pop())[0] is not module:
             pass  # it raised, and the model caught that
-        calls.append(Call(path, type(module).__name__, *entry[1:], convert(output, Tensor, keep)))
+        calls.append(Call(path, type(module).__name__, *entry[1:], convert(output, GIVEN, keep)))
 
     with ExitStack() as hooks:
         for path, module in modules.items():

@@ -92,6 +92,7 @@ def softmax_bound(x: Array, error: Array, precision: Precision, dim: int = -1) -
     bound = p * np.expm1(far)
     small = ~(p > 2.0**-1022)  # no normal number of float64: its relative error means nothing
     bound[small] = np.exp(y[small] + far[small])
+    bound[np.isneginf(front) & (errors < np.inf)] = 0.0  # a masked input: exactly nothing
     # No correct result leaves [0, 1], so no error is larger than 1 and a few roundings.
     bound = np.fmin(bound, 1 + 8 * u) + precision.tiny + (precision.stored_tiny if kept else 0.0)
     widest = np.max(errors, axis=axis, keepdims=True)
