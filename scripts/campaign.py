@@ -55,8 +55,9 @@ from torchnnfs.testing.candidates import DTYPES, choose, single
 from torchnnfs.testing.controls import AT_THE_END
 from torchnnfs.testing.environment import describe
 from torchnnfs.testing.layers.dense import dense_bound
-from torchnnfs.testing.models import arguments_of, layer_of, to_numpy
+from torchnnfs.testing.models import arguments_of, layer_of
 from torchnnfs.testing.precision import PRECISIONS
+from torchnnfs.testing.values import to_numpy
 
 SLOW = ("compiled", "exported", "onnx", "jax")
 SLOW_EVERY, OWN_EVERY = 500, 40

@@ -34,10 +34,10 @@ from torchnnfs.testing.candidates import (
 )
 from torchnnfs.testing.comparison import Comparison, compare
 from torchnnfs.testing.files import check_writable, write_whole
-from torchnnfs.testing.models import leaves
 from torchnnfs.testing.outcome import plain
 from torchnnfs.testing.processes import Processes, processes
 from torchnnfs.testing.report import show
+from torchnnfs.testing.values import leaves
 from torchnnfs.version import __version__
 
 AGREES, DISAGREES, USAGE, MISSING, FAULT = 0, 1, 2, 3, 70

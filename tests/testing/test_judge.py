@@ -12,11 +12,11 @@ from torchnnfs import compare
 from torchnnfs.testing.judge import find, find_formula, judge, row_of
 from torchnnfs.testing.measure import measure, same
 from torchnnfs.testing.merge import Finding
-from torchnnfs.testing.models import rows_in
 from torchnnfs.testing.precision import PRECISIONS
 from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.reference import Answer, Reference
 from torchnnfs.testing.traces import Call, Trace
+from torchnnfs.testing.values import rows_in
 
 #: A ReLU rounds nothing, but what is smaller may be flushed to zero: that is its whole bound.
 TINY = 2.0**-126

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from torch import Tensor
 
-from torchnnfs.testing.models import convert, leaves
 from torchnnfs.testing.processes import Processes
+from torchnnfs.testing.values import convert, leaves
 
 #: Rows that are judged at a time: with more of them memory does not grow.
 ROWS = 30_000

@@ -16,24 +16,19 @@ from torch import Tensor, nn
 from torchnnfs.fused import fuse
 from torchnnfs.testing.layers import Layer
 from torchnnfs.testing.models import (
-    GIVEN,
     Place,
     arguments_of,
     borrowed,
     cast_input,
     computable,
-    convert,
     copied,
-    kept_dtype,
-    leaves,
     own_dtype,
-    split,
     stored_dtype,
     takes,
-    to_array,
     walk,
 )
 from torchnnfs.testing.traces import Call, Formula, Trace, readable, watched
+from torchnnfs.testing.values import GIVEN, convert, kept_dtype, leaves, split, to_array
 
 #: From a model and an example input to a function of such inputs.
 Build = Callable[[nn.Module, Any], Callable[..., Any]]

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from torchnnfs.testing.candidates import Candidate, dtype_name, single
-from torchnnfs.testing.exact import Expected, known
+from torchnnfs.testing.estimate import Expected
+from torchnnfs.testing.exact import known
 from torchnnfs.testing.judge import DIFFERS, EXCESS, judge
 from torchnnfs.testing.layers import Layer, Wrong
 from torchnnfs.testing.layers.softmax import UNSHIFTED

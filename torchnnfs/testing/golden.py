@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from torchnnfs.testing.candidates import DTYPES
-from torchnnfs.testing.models import leaves, to_numpy, walk
+from torchnnfs.testing.models import walk
 from torchnnfs.testing.precision import Array
 from torchnnfs.testing.traces import Call, Trace
+from torchnnfs.testing.values import leaves, to_numpy
 
 VERSION = 3
 #: The most that a file may unpack to: this many bytes, or times the size of input and parameters.

@@ -14,23 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchnnfs.testing.candidates import Candidate
-from torchnnfs.testing.exact import ROUNDING
+from torchnnfs.testing.estimate import ROUNDING
 from torchnnfs.testing.layers import softmax
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.merge import Finding
-from torchnnfs.testing.models import (
-    borrowed,
-    cast_input,
-    leaves,
-    split,
-    state_of,
-    stored_dtype,
-    takes,
-    to_numpy,
-)
+from torchnnfs.testing.models import borrowed, cast_input, state_of, stored_dtype, takes
 from torchnnfs.testing.precision import Array, Precision
 from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.traces import Call, readable, watched
+from torchnnfs.testing.values import leaves, split, to_numpy
 
 
 def judge_gradients(candidate: Candidate, target: Any, problem: Problem) -> list[Finding]:

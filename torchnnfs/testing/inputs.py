@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchnnfs.testing.models import leaves
+from torchnnfs.testing.values import leaves
 
 
 def check_model(role: str, model: Any) -> None:

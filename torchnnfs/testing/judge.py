@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Expected
+from torchnnfs.testing.estimate import ESTIMATED, ROUNDING, Expected
 from torchnnfs.testing.measure import Measured, Worst, measure, same, unlike
 from torchnnfs.testing.merge import Finding, Sample
-from torchnnfs.testing.models import Place, leaves, split
+from torchnnfs.testing.models import Place
 from torchnnfs.testing.precision import PRECISIONS, Array
 from torchnnfs.testing.problem import Problem, nominal
 from torchnnfs.testing.traces import Call, Trace
+from torchnnfs.testing.values import leaves, split
 
 #: What a row that differs rests on, where no bound is behind it.
 EXCESS, TWICE = "excess", "not the same twice"

@@ -10,9 +10,9 @@ import inspect
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from torchnnfs.testing.layers import Forward, Layer, dense, normalise, pointwise, reshape, softmax
 from torchnnfs.testing.precision import Array
+from torchnnfs.testing.values import RefusedError, cast, convert, leaves, to_numpy
 
 #: The home of each type of layer. Whatever derives from a type is judged as that type is.
 LAYERS: dict[type[nn.Module], Layer] = {
@@ -48,10 +49,6 @@ LAYERS: dict[type[nn.Module], Layer] = {
 
 #: How the arguments of a registered formula are read off a layer, where that was said.
 _READERS: dict[Layer, Callable[[Any], dict[str, Any]]] = {}
-
-
-class RefusedError(ValueError):
-    """What `compare` cannot judge, and why; no failure of the model."""
 
 
 def register(
@@ -232,121 +229,6 @@ def walk(model: nn.Module) -> list[Place]:
     return list(visit(model, "", True))
 
 
-def to_numpy(tensor: Tensor) -> Array:
-    """The tensor's exact values as an array of its own; floating-point ones in float64."""
-    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
-        raise RefusedError(
-            f"compare expects dense tensors with values, got one of {tensor.dtype} in "
-            f"{tensor.layout} on {tensor.device}; call .to_dense() or .dequantize() first"
-        )
-    tensor = tensor.detach().cpu()  # first to the CPU: not every accelerator has float64
-    array: Array = tensor.to(kept_dtype(tensor, torch.float64), copy=True).resolve_conj().numpy()
-    return array
-
-
-def kept_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """What `dtype` makes of a tensor: whole numbers stay, complex ones take a type of its width."""
-    if dtype is None:
-        return tensor.dtype
-    if tensor.is_complex():
-        return torch.complex128 if dtype == torch.float64 else torch.complex64
-    return dtype if tensor.is_floating_point() else tensor.dtype
-
-
-def parts(array: Any) -> Any:
-    """An array of complex numbers as one of pairs, real and imaginary part; else as it is."""
-    if isinstance(array, np.ndarray) and array.dtype.kind == "c":
-        return np.ascontiguousarray(array).view(array.real.dtype).reshape(*array.shape, 2)
-    return array
-
-
-#: What a model may give: tensors, and numbers of Python and NumPy.
-GIVEN = Tensor | complex | float | int | np.generic
-
-
-def to_array(value: Any) -> Array:
-    """One of `GIVEN` as an array."""
-    return to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
-
-
-def convert(value: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with `change` of each `kind` in its tuples, lists, dictionaries and dataclasses."""
-    if isinstance(value, Mapping):
-        found = {key: convert(entry, kind, change) for key, entry in value.items()}
-        if type(value) is not dict and isinstance(value, MutableMapping):
-            same = copy.copy(value)
-            same.update(found)
-            return same
-        return found
-    if is_dataclass(value) and not isinstance(value, type):
-        value = copy.copy(value)
-        for each in fields(value):
-            entry = convert(getattr(value, each.name), kind, change)
-            object.__setattr__(value, each.name, entry)  # also of a frozen one
-        return value
-    if isinstance(value, list | tuple):
-        listed = [convert(entry, kind, change) for entry in value]
-        if hasattr(value, "_make"):  # a named tuple
-            return value._make(listed)
-        return listed if isinstance(value, list) else tuple(listed)
-    return change(value) if isinstance(value, kind) else value
-
-
-def entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What is in tuples, lists, dictionaries and dataclasses, and where: ``[0]['h']``."""
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    elif is_dataclass(value) and not isinstance(value, type | Mapping):
-        value = {each.name: getattr(value, each.name) for each in fields(value)}
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from entries(entry, f"{name}[{key!r}]")
-    else:
-        yield name, value
-
-
-def leaves(value: Any) -> dict[str, Any]:
-    """The tensors and arrays among the `entries`; those of complex numbers in their `parts`."""
-    arrays = Tensor | np.ndarray
-    return {name: parts(entry) for name, entry in entries(value) if isinstance(entry, arrays)}
-
-
-def unread(output: Any) -> list[str]:
-    """What is in a model's output, and is neither tensor nor text, so that nothing judges it."""
-    return [
-        f"(output){name}, which is no tensor but {type(entry).__name__}"
-        for name, entry in entries(output)
-        if not isinstance(entry, Tensor | np.ndarray | str | None)
-    ]
-
-
-def rows_in(input: Any) -> int:
-    """How many rows an input has, along the first axis of its first array."""
-    first = next(iter(leaves(input).values()), None)
-    return len(first) if first is not None and first.ndim else 1
-
-
-def cast(
-    value: Any,
-    device: torch.device | str,
-    dtype: torch.dtype | None,
-    kept: Collection[torch.dtype] = (),
-) -> Any:
-    """Copies of all tensors in `value` on `device`, but for the `kept` ones in `dtype`.
-
-    None: in their own. A parameter stays one.
-    """
-
-    def moved(tensor: Tensor) -> Tensor:
-        own = None if tensor.dtype in kept else dtype
-        made = tensor.detach().to(kept_dtype(tensor, own)).to(device, copy=True)
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(made, tensor.requires_grad)
-        return made
-
-    return convert(value, Tensor, moved)
-
-
 def cast_input(model: nn.Module, input: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     """A copy of the model's input in `dtype`; a model of several dtypes may take any of them."""
     own = own_dtype(model, input) == dtype
@@ -356,13 +238,6 @@ def cast_input(model: nn.Module, input: Any, device: torch.device | str, dtype: 
 def stored_dtype(model: nn.Module, input: Any, dtype: torch.dtype) -> torch.dtype | None:
     """What the model's numbers are cast to; None, as they are, where the dtype is the model's."""
     return None if own_dtype(model, input) == dtype else dtype
-
-
-def split(input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and keyword arguments: a tuple is the first, a dictionary the second."""
-    if isinstance(input, Mapping):
-        return (), dict(input)
-    return (input if isinstance(input, tuple) else (input,)), {}
 
 
 def own_dtype(model: nn.Module, input: Any) -> torch.dtype:

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchnnfs.testing.exact import ESTIMATED, ROUNDING, Exact, Expected
-from torchnnfs.testing.models import convert, leaves, own_dtype, rows_in, split, to_numpy
+from torchnnfs.testing.estimate import ESTIMATED, ROUNDING, Expected
+from torchnnfs.testing.exact import Exact
+from torchnnfs.testing.models import own_dtype
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.reference import Answer, Reference
 from torchnnfs.testing.traces import Call
+from torchnnfs.testing.values import convert, leaves, rows_in, split, to_numpy
 
 _DOUBLE = PRECISIONS["float64"]
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchnnfs.testing.models import Place, convert, leaves, parameters_of, parts, to_numpy
+from torchnnfs.testing.models import Place, parameters_of
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
+from torchnnfs.testing.values import convert, leaves, parts, to_numpy
 
 #: Arguments and keyword arguments.
 Given = tuple[tuple[Any, ...], dict[str, Any]]

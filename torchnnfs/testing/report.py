@@ -9,7 +9,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from torchnnfs.testing.exact import ROUNDING
+from torchnnfs.testing.estimate import ROUNDING
 from torchnnfs.testing.judge import EXCESS_LIMIT, MODEL, Row
 from torchnnfs.testing.outcome import Outcome, plain
 

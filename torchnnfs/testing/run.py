@@ -24,13 +24,14 @@ from torchnnfs.testing.inputs import check_finite, check_input
 from torchnnfs.testing.judge import Row, find, find_formula, rows_of
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.merge import Finding, Sample, Seen, join
-from torchnnfs.testing.models import convert, leaves, own_dtype, rows_in, to_numpy, unread
+from torchnnfs.testing.models import own_dtype
 from torchnnfs.testing.outcome import Outcome
 from torchnnfs.testing.precision import PRECISIONS, Array
 from torchnnfs.testing.problem import Problem, nominal
 from torchnnfs.testing.processes import stopped
 from torchnnfs.testing.reference import Reference
 from torchnnfs.testing.traces import Trace
+from torchnnfs.testing.values import convert, leaves, rows_in, to_numpy, unread
 
 #: Rows of the input and the output that are kept of many batches, to be shown.
 _SHOWN = 30_000

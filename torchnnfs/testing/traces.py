@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from torchnnfs.testing.models import GIVEN, RefusedError, convert, to_array
+from torchnnfs.testing.values import GIVEN, RefusedError, convert, to_array
 
 #: From the input that a module got to what takes the place of its output.
 Formula = Callable[[np.ndarray], np.ndarray]

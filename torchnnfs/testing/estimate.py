@@ -1,0 +1,189 @@
+"""How far a computed result may be from an exact one, where no bound is proven: it is estimated."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchnnfs.testing.precision import Array, Precision
+from torchnnfs.testing.values import convert, kept_dtype, leaves
+
+#: What a row rests on. ROUNDING: a formula and a proven bound. ESTIMATED: a formula or somebody's
+#: reference, and an estimated bound. ITSELF: a float64 run of the same code, and an estimated
+#: bound: it shows rounding and faults of a dtype, not a wrong formula.
+ROUNDING, ESTIMATED, ITSELF = "rounding", "estimated", "own float64 run"
+
+#: What a forward may raise that was not made for float64.
+FAILS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, OSError)
+
+#: An estimated bound is this many times the largest change in that many runs.
+_SPREAD, _RUNS = 8, 8
+
+
+@dataclass
+class Expected:
+    """The exact result at one place, and how far a computed one may be from it."""
+
+    output: Any  # tuples, lists and dictionaries of arrays as well
+    bounds: dict[str, Array]  # of each of its arrays; infinite where the dtype may overflow
+    basis: str  # `ROUNDING`, `ESTIMATED` or `ITSELF`
+    source: str = "NumPy"  # who gave the result, in words
+
+    @property
+    def values(self) -> dict[str, Array]:
+        """The arrays of the result, by their names there; a single one has the empty name."""
+        return leaves(self.output)
+
+
+class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every operation computes in float64, also where the code asks for less.
+
+    With a seed it rounds at random, as the arithmetic of a dtype may: what goes into an operation
+    and what comes out is moved by a unit roundoff, up or down (Monte Carlo arithmetic:
+    D. S. Parker, 1997). Beyond the largest number of the dtype is infinity.
+    """
+
+    def __init__(
+        self, precision: Precision, seed: int | None, dtype: torch.dtype, most: float
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.precision, self.exact, self.dtype = precision, seed is None, dtype
+        self.count, self.most = 0, most  # of operations
+        self.random = torch.Generator().manual_seed(seed or 0)
+
+    def moved(self, tensor: Tensor, size: float) -> Tensor:
+        """The tensor with relative errors of that size, up or down."""
+        if tensor.is_complex():
+            return _of_parts(tensor, lambda part: self.moved(part, size))
+        if not tensor.is_floating_point():
+            return tensor
+        signs = torch.randint(0, 2, tensor.shape, generator=self.random) * 2 - 1
+        return tensor * (1 + size * signs.to(tensor.dtype))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        if self.count > self.most:
+            raise RuntimeError("where numbers round at random it comes to no end")
+        kwargs = dict(kwargs or {})
+        if (dtype := kwargs.get("dtype")) is not None:
+            kwargs["dtype"] = kept_dtype(torch.empty(0, dtype=dtype), torch.float64)
+        schema, name = func._schema, func.overloadpacket.__name__
+        if name in _DRAWN:  # the numbers that the dtype draws
+            return func(*args, **{**kwargs, "dtype": self.dtype}).double()
+        shares = any(each.alias_info and not each.alias_info.is_write for each in schema.returns)
+        if self.exact or name in _EXACT or shares:
+            return func(*args, **kwargs)
+        writes = any(each.alias_info and each.alias_info.is_write for each in schema.arguments)
+        if not writes:
+            args = convert(args, Tensor, lambda tensor: self.moved(tensor, self.precision.unit))
+        result = func(*args, **kwargs)
+        # Sums of many equal terms round in one direction: allow for the root of their number.
+        terms = _terms(args, result) if name.rstrip("_") in _SUMS else 1.0
+        if name.startswith("upsample"):  # so much the places between which it looks may round
+            terms = float(max(result.shape[2:])) ** 2
+        if not writes:
+            return convert(result, Tensor, lambda tensor: self.stored(tensor, terms))
+        convert(result, Tensor, lambda tensor: tensor.copy_(self.stored(tensor, terms)))
+        return result
+
+    def stored(self, tensor: Tensor, terms: float) -> Tensor:
+        """What the dtype would keep of a result, a sum of that many terms."""
+        if tensor.is_complex():
+            return _of_parts(tensor, lambda part: self.stored(part, terms))
+        if not tensor.is_floating_point():
+            return tensor
+        p = self.precision
+        rounded = self.moved(tensor, (2 + math.sqrt(terms)) * p.unit + p.stored_unit)
+        if p.stored_tiny:
+            tiny = torch.full_like(tensor, p.stored_tiny)
+            rounded = rounded + self.moved(tiny, 1.0) - tiny
+        return torch.where(tensor.abs() > p.largest, tensor * np.inf, rounded)
+
+
+def _of_parts(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A complex tensor with `change` of its real and imaginary parts."""
+    real = torch.view_as_real(tensor.resolve_conj())
+    return torch.view_as_complex(change(real).contiguous())
+
+
+#: Operations that do not round: moving what goes into them would be another question.
+_EXACT = {"floor", "ceil", "round", "trunc", "sign", "abs", "neg", "clone", "copy_", "_to_copy"}
+_EXACT |= {"eq", "ne", "lt", "le", "gt", "ge", "argmax", "argmin", "where", "maximum", "minimum"}
+_EXACT |= {"relu", "threshold", "clamp", "embedding", "cat", "stack", "index", "gather"}
+_EXACT |= {"max", "min"}
+
+#: Operations that add many terms.
+_SUMS = {"mm", "addmm", "bmm", "baddbmm", "mv", "dot", "convolution", "sum", "mean", "var"}
+_SUMS |= {"linalg_vector_norm", "norm", "cumsum", "native_layer_norm", "native_batch_norm"}
+_SUMS |= {"index_add", "scatter_add", "scatter_reduce", "_embedding_bag", "avg_pool1d"}
+_SUMS |= {"_embedding_bag_forward_only", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d"}
+
+#: Operations that draw numbers, which depend on the dtype.
+_DRAWN = {"rand", "randn", "rand_like", "randn_like"}
+
+
+def _terms(args: Any, result: Any) -> float:
+    """About how many terms each number of the result is a sum of."""
+    sizes = [t.numel() for t in leaves(args).values() if isinstance(t, Tensor) and t.numel() > 1]
+    out = max(1, max((t.numel() for t in leaves(result).values()), default=1))
+    sizes = sorted(sizes)[-2:]
+    return max(1.0, math.sqrt(math.prod(sizes) / out) if len(sizes) > 1 else sum(sizes) / out)
+
+
+def estimate(run: Callable[[int | None], Any], precision: Precision) -> Expected:
+    """The exact result ``run(None)``, and how far runs that round at random are from it.
+
+    Eight runs, ``run(0)`` to ``run(7)``; the largest change in a row, times 8, is the bound.
+    """
+    output = run(None)
+    exact = leaves(output)
+    spread: dict[str, Array] = {}
+    failures: list[Exception] = []
+    for seed in range(_RUNS):
+        try:
+            found = leaves(run(seed))
+            if any(found[name].shape != value.shape for name, value in exact.items()):
+                raise ValueError("shapes of its results depend on rounding")
+        except FAILS as failure:  # as a check that probabilities add up to 1 may
+            failures.append(failure)
+            if len(failures) == seed + 1 == 2:
+                raise RuntimeError(f"with numbers that round at random: {failure}") from failure
+            continue
+        for name, value in found.items():
+            off = np.abs(np.asarray(value, np.float64) - exact[name])
+            off = np.where(value == exact[name], 0.0, np.where(np.isnan(off), np.inf, off))
+            spread[name] = np.maximum(spread.get(name, 0.0), off)
+    bounds = {}
+    for name, off in spread.items():
+        if off.ndim > 1 and off.size and exact[name].dtype.kind == "f":
+            # An overflow concerns its own element, a rounding error its row and its column: eight
+            # runs may miss the element, and a large row or column must not hide a small one.
+            finite = np.where(np.isfinite(off), off, 0.0)
+            rows = finite.max(axis=-1, keepdims=True)
+            columns = finite.max(axis=tuple(range(off.ndim - 1)), keepdims=True)
+            off = np.where(np.isfinite(off), np.minimum(rows, columns), np.inf)
+        bounds[name] = bound = _SPREAD * np.asarray(off, np.float64)
+        if exact[name].dtype.kind == "f":
+            size = np.abs(exact[name]) * precision.unit
+            bound = bound + _SPREAD * np.where(np.isfinite(size), size, 0.0)
+            bounds[name] = precision.stored(exact[name], bound + precision.tiny)
+    return Expected(output, bounds, ESTIMATED)
+
+
+def shaken(seed: int | None) -> Callable[[Array, Any], Array]:
+    """A function of an array and errors: the array off by them, up or down; exact without seed."""
+    signs = np.random.RandomState(seed)
+
+    def off(value: Array, error: Any) -> Array:
+        if seed is None or not np.any(error):
+            return np.array(value)
+        return np.array(value + error * signs.choice([-1.0, 1.0], value.shape))
+
+    return off
