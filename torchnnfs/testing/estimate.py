@@ -24,6 +24,10 @@ FAILS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, Asser
 #: An estimated bound is this many times the largest change in that many runs.
 _SPREAD, _RUNS = 8, 8
 
+#: Errors are drawn evenly from minus to plus this many of their root mean square. Were they drawn
+#: as plus or minus one, two of them would cancel out in every other run.
+_WIDEST = math.sqrt(3)
+
 
 @dataclass
 class Expected:
@@ -44,8 +48,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every operation computes in float64, also where the code asks for less.
 
     With a seed it rounds at random, as the arithmetic of a dtype may: what goes into an operation
-    and what comes out is moved by a unit roundoff, up or down (Monte Carlo arithmetic:
-    D. S. Parker, 1997). Beyond the largest number of the dtype is infinity.
+    and what comes out is moved by a unit roundoff on average (Monte Carlo arithmetic: D. S. Parker,
+    1997). Beyond the largest number of the dtype is infinity.
     """
 
     def __init__(
@@ -57,13 +61,13 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.random = torch.Generator().manual_seed(seed or 0)
 
     def moved(self, tensor: Tensor, size: float) -> Tensor:
-        """The tensor with relative errors of that size, up or down."""
+        """The tensor with relative errors of that size, root mean square."""
         if tensor.is_complex():
             return _of_parts(tensor, lambda part: self.moved(part, size))
         if not tensor.is_floating_point():
             return tensor
-        signs = torch.randint(0, 2, tensor.shape, generator=self.random) * 2 - 1
-        return tensor * (1 + size * signs.to(tensor.dtype))
+        drawn = torch.rand(tensor.shape, generator=self.random, dtype=tensor.dtype)
+        return tensor * (1 + size * _WIDEST * (2 * drawn - 1))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -178,12 +182,12 @@ def estimate(run: Callable[[int | None], Any], precision: Precision) -> Expected
 
 
 def shaken(seed: int | None) -> Callable[[Array, Any], Array]:
-    """A function of an array and errors: the array off by them, up or down; exact without seed."""
-    signs = np.random.RandomState(seed)
+    """A function of an array and errors: the array off by about them; exact without seed."""
+    random = np.random.RandomState(seed)
 
     def off(value: Array, error: Any) -> Array:
         if seed is None or not np.any(error):
             return np.array(value)
-        return np.array(value + error * signs.choice([-1.0, 1.0], value.shape))
+        return np.array(value + error * random.uniform(-_WIDEST, _WIDEST, value.shape))
 
     return off

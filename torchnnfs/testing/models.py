@@ -309,7 +309,10 @@ def _failure(model: nn.Module, error: Exception, given: Any) -> str:
         if id(module) in paths:
             where = f"{paths[id(module)]} {type(module).__name__}".strip()
     tensors = [f"{tuple(each.shape)} in {each.dtype}" for each in leaves(given).values()]
-    return f"{where} raised {type(error).__name__}: {error}; the input was {', '.join(tensors)}"
+    words = f"{where} raised {type(error).__name__}: {error}; the input was {', '.join(tensors)}"
+    if "does not require grad" in words:
+        words += "; compare runs it under torch.no_grad(), and torch.enable_grad() undoes that"
+    return words
 
 
 def _keep(module: nn.Module) -> Callable[[], None]:
