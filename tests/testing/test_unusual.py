@@ -482,3 +482,34 @@ def test_batches_of_any_output_are_joined(linear, x):
     positive = Model(lambda self, x: self.linear(x) > 0, linear=linear)
     assert judged(positive, list(x.split(5))).ok
     assert judged(Model(lambda self, x: x @ x.T), list(x.split(5))).ok
+
+
+# Limits that are estimated, element by element.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda y, x: F.binary_cross_entropy_with_logits(y, (x > 0).to(y.dtype), reduction="none"),
+        lambda y, x: F.silu(y),
+        lambda y, x: x * y - y * y,
+        lambda y, x: torch.floor(4 * y),
+        lambda y, x: (y > x).long(),
+    ],
+    ids=["cross-entropy", "silu", "difference", "floor", "greater"],
+)
+def test_no_sample_of_many_is_called_wrong(dtype, last):
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 6).to(dtype)
+    model = Model(lambda self, x: last(self.linear(x)[:, 0], x[:, 0]), linear=nn.Linear(6, 1))
+    found = judged(model.to(dtype), x, candidates=EAGER)
+    assert found.ok, found.verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_no_class_of_many_is_called_wrong(dtype):
+    torch.manual_seed(0)
+    model = Model(lambda self, x: self.linear(x).argmax(-1), linear=nn.Linear(6, 10)).to(dtype)
+    found = judged(model, torch.randn(5_000, 6).to(dtype), candidates=EAGER)
+    assert found.ok, found.verdict
