@@ -434,6 +434,12 @@ def test_a_loop_that_rounding_keeps_going_comes_to_an_end():
 # Gradients.
 
 
+def test_a_control_that_the_model_cannot_compute_with_is_no_error(x):
+    found = compare(Model(forces, linear=nn.Linear(6, 4)), x)
+    assert found.ok
+    assert {each.reason for each in found.controls} == {"the model cannot compute with it"}
+
+
 def test_gradients_without_the_candidate_eager_are_judged_all_the_same(x):
     class Cut(nn.ReLU):
         def forward(self, x):

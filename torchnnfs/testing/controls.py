@@ -101,7 +101,11 @@ def _try(
     exact_wrong = wrong(call.input, **arguments)
     if exact_wrong is None:
         return None
-    rows = judge(run({call.path: formula}), problem)
+    try:
+        trace = run({call.path: formula})
+    except ValueError:  # a forward that takes gradients finds none behind NumPy
+        return "indistinguishable", "the model cannot compute with it"
+    rows = judge(trace, problem)
     row = next((row for row in rows if row.state == DIFFERS), None)
     if row is not None:
         words = _size(row.bound_ratio)
