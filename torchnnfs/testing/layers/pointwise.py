@@ -135,10 +135,13 @@ def _gelu_rounds(x: Array, error: Array, precision: Precision, approximate: str)
     The argument of erf rounds twice, that of tanh seven times; both are concave, so their relative
     error is no larger. They are wrong by 6 u themselves: of 1, as vectorized kernels have it (with
     an error of 6 u of the result, torch 2.13 on AVX2 reached 1.1 times the bound). Then the sum
-    ``1 + erf`` and two products round.
+    ``1 + erf`` and two products round. The first of these may be ``x (1 + erf)``, which overflows
+    from half of the largest number on (torch 2.13 on AVX-512).
     """
     size = precision.gamma(_ROUNDINGS[approximate]) * np.maximum(0.5, _gate(x + error, approximate))
-    return np.asarray((size + precision.tiny) * (np.abs(x) + error))
+    largest = np.abs(x) + error
+    bound = (size + precision.tiny) * largest
+    return np.where(2 * largest < precision.overflow, bound, np.inf)
 
 
 def _gelu_slope(x: Array, y: Array, precision: Precision, approximate: str) -> tuple[Array, Array]:
