@@ -3,9 +3,9 @@
     .venv/bin/python scripts/benchmark.py --json results/speed.json --plot docs/speed.png
 
 Every round times each peer once, in an order that changes, so what disturbs the machine disturbs
-all of them; before each a pause and a call that does not count. What is reported is the median over
-the rounds with the quartiles, and the median of the ratio within a round. Peers whose package is
-missing are left out and named.
+all of them. Before each there is a pause, and calls that do not count. What is reported is the
+median over the rounds with the quartiles, and the median of the ratio within a round. Peers whose
+package is missing are left out and named.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ OURS = {
 }
 #: Where half of the rounds give ratios as far apart as this part of their median, none is believed.
 BUSY = 1.0
+#: Seconds before each peer without work: OpenBLAS's threads, which NumPy uses, wait for more work
+#: about 30 ms long, and take the processors from whoever comes next.
+PAUSE = 0.05
+#: Seconds of calls that do not count: behind a pause the threads of OpenMP may start on one
+#: processor, and the system takes 4 ms to tell them apart.
+WARM = 0.01
 
 
 def seconds(call: Call, number: int, device: torch.device) -> float:
@@ -91,8 +97,10 @@ def measure(calls: dict[str, Call], rounds: int, device: torch.device) -> list[d
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            time.sleep(0.005)  # until the threads of the one before no longer wait for work
-            calls[name]()
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            while time.perf_counter() < start + WARM:
+                seconds(calls[name], 1, device)
             times[name].append(seconds(calls[name], number[name], device))
     first = next(iter(calls))
     rows = []
@@ -154,7 +162,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, int, d
 def run(arguments: argparse.Namespace) -> Iterator[dict]:
     device = torch.device(arguments.device)
     for kind, title, samples, moved, calls in cases(arguments):
-        rounds = arguments.rounds or max(7, min(100, 1_500_000 // max(samples, 1)))
+        rounds = arguments.rounds or max(7, min(40, 1_500_000 // max(samples, 1)))
         with torch.set_grad_enabled(kind == "training"):
             tries = [measure(calls, rounds, device)]
             while unrest(tries[-1]) > BUSY and len(tries) < 3:  # the rush may be over
@@ -325,7 +333,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these of torch's and ours")
-    parser.add_argument("--rounds", type=int, help="default: by the number of samples, 7 to 100")
+    parser.add_argument("--rounds", type=int, help="default: by the number of samples, 7 to 40")
     parser.add_argument("--tables", nargs="+", choices=["forward", "training"], metavar="TABLE")
     parser.add_argument("--widest", type=int, help="take kernels up to this width, and always")
     parser.add_argument("--layers", action="store_true", help="our layers beside torch's instead")
