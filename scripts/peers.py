@@ -229,11 +229,13 @@ def training_peers(widths: list[int], input: Tensor, wanted: list[str] | None) -
     )
 
     def step(model: nn.Module, loss: Call) -> Call:
+        parameters = list(model.parameters())  # looking for them is no part of the step
+
         def run() -> list[Tensor]:
-            for parameter in model.parameters():
+            for parameter in parameters:
                 parameter.grad = None
             loss().backward()
-            return [parameter.grad for parameter in model.parameters()]
+            return [parameter.grad for parameter in parameters]
 
         return run
 

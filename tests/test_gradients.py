@@ -185,6 +185,10 @@ def test_backward_twice_scaled_and_after_a_change(model, batch):
         model[2].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    loss = fused_model.cross_entropy(batch, target)
+    target.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 3), (33, 2)], ids=str)

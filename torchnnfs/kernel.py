@@ -39,7 +39,7 @@ COMPILED = 8000  # on a CPU, with fewer samples a call of what torch.compile mad
 
 #: C++ compilers that were given up, and why.
 broken: dict[str, str] = {}
-_pack = struct.Struct("8q").pack
+_pack, _DENSE = struct.Struct("8q").pack, torch.contiguous_format
 
 
 class Chain(NamedTuple):
@@ -79,6 +79,7 @@ class Kernel:
         self.inputs, *_, self.outputs = chain.widths
         compiler = os.environ.get("CXX", "c++")
         self.nothing = bytes(8 * (len(chain.biases) + sum(chain.biases)))
+        self.number = torch.empty((), dtype=dtype, device="cpu")
         if not is_cpu:
             self.reason, self.least = "it is not on the CPU", 0
         elif dtype not in TYPES or max(chain.widths) > WIDEST:
@@ -114,8 +115,8 @@ class Kernel:
         `target`; None if that has other numbers than those of classes.
         """
         samples, x, places = call
-        found = [None if t is None else t.new_empty(*t.shape) for t in wanted]
-        loss = torch.empty((), dtype=self.dtype)
+        found = [None if t is None else torch.empty_like(t, memory_format=_DENSE) for t in wanted]
+        loss = torch.empty_like(self.number)
         ends = [0 if t is None else t.data_ptr() for t in (target, loss, grad, *found)]
         told = _pack(samples, get_num_threads(), x, 0, *ends[:4]) + places
         told += struct.pack(f"{len(found) - 1}q", *ends[4:])
@@ -255,34 +256,44 @@ class Derived(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, given: tuple[Any, ...], *tensors: Tensor) -> Tensor:  # noqa: D102
-        result, ctx.target, ctx.found, ctx.call = given
-        ctx.save_for_backward(*tensors)
+        result, target, ctx.found, ctx.call = given
+        ctx.save_for_backward(*tensors, target)
         return cast(Tensor, result)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: D102
-        tensors, target, found, (kernel, call, held) = ctx.saved_tensors, ctx.target, None, ctx.call
-        # Memory that was read may have been freed since, or a copy of the input read in its place.
-        x, *places = map(memory, tensors)
-        same = struct.pack(f"{len(places)}q", *places) == call[2]
-        same = same and (x == call[1] or isinstance(held[0], Tensor))
-        if not is_grad_enabled() and type(grad) is Tensor and memory(grad) and same:
+        (kernel, call, held), (*tensors, target) = ctx.call, ctx.saved_tensors
+        simple = not is_grad_enabled() and type(grad) is Tensor and memory(grad)
+        if simple and ctx.found is not None:
             found, ctx.found = ctx.found, None
-            if found is None:
-                given = grad.resolve_neg().contiguous() if target is None else None
-                needed = zip(tensors, ctx.needs_input_grad[1:], strict=True)
-                wanted = [tensor if needs else None for tensor, needs in needed]
-                _, found = kernel.gradients(call, wanted, given, target) or (None, None)
-            if target is not None and found and grad.item() != 1:
-                found = [None if each is None else each.mul_(grad) for each in found]
-        if found is None:
-            _, *options, softmax = kernel.chain
-            options.append(softmax and target is None)
-            pull = torch.func.vjp(
-                lambda x, *p: mean_loss(formula(x, p, *options), target), *tensors
-            )[1]
-            found = pull(grad)
-        return None, *found
+            return None, *_scaled(found, grad)
+        if simple and _unmoved(tensors, call, held[0]):
+            given = grad.resolve_neg().contiguous() if target is None else None
+            needed = zip(tensors, ctx.needs_input_grad[1:], strict=True)
+            wanted = [tensor if needs else None for tensor, needs in needed]
+            computed = kernel.gradients(call, wanted, given, target)
+            if computed:
+                return None, *(computed[1] if target is None else _scaled(computed[1], grad))
+        _, *options, softmax = kernel.chain
+        options.append(softmax and target is None)
+        pull = torch.func.vjp(lambda x, *p: mean_loss(formula(x, p, *options), target), *tensors)[1]
+        return None, *pull(grad)
+
+
+def _scaled(gradients: list[Tensor | None], by: Tensor) -> list[Tensor | None]:
+    if by.item() == 1:
+        return gradients
+    return [None if each is None else each.mul_(by) for each in gradients]
+
+
+def _unmoved(tensors: Sequence[Tensor], call: Call, kept: Any) -> bool:
+    """Whether nothing that a call read has been freed since: it is where it was.
+
+    The input may have been read from a copy, which is then `kept`.
+    """
+    x, *places = map(memory, tensors)
+    same = struct.pack(f"{len(places)}q", *places) == call[2]
+    return same and (x == call[1] or isinstance(kept, Tensor))
 
 
 def memory(tensor: Tensor) -> int:
