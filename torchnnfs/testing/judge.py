@@ -21,9 +21,9 @@ from torchnnfs.testing.values import leaves, split
 #: What a row that differs rests on, where no bound is behind it.
 EXCESS, TWICE = "excess", "not the same twice"
 
-#: What a row says of its layer.
 #: The name of rows about the model in float64, beside a reference.
 MODEL = "the model"
+#: What a row says of its layer.
 OK, DIFFERS, INPUT, NOTHING = "ok", "differs", "right, but its input was wrong", "not judged"
 
 #: An error this many times an honest computation's is no rounding error. Correct computations
