@@ -195,7 +195,9 @@ def test_a_model_of_ones_own(own, input, capsys):
     assert "model:                    usermodule:model" in out
     assert out.splitlines()[-1].startswith("AGREES: every layer of eager in float32, numpy in")
     assert main(["compare", "usermodule:Net", "--input", input]) == 0
-    assert "AGREES AS FAR AS JUDGED" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "model:                    usermodule:Net(), made just now" in out
+    assert "AGREES AS FAR AS JUDGED" in out
     np.save("y.npy", np.maximum(0, np.load("x.npy")))
     assert main(["compare", "usermodule:model", "--input", "x.npy", "--reference", "y.npy"]) == 1
 
@@ -225,10 +227,15 @@ def test_a_wrong_model_of_ones_own(own, capsys):
         ("usermodule:model --input broken.npy", "--input 'broken.npy' cannot be read: "),
         ("--input x.npy", "--input is for a model of your own: name it, as mymodule:model"),
         ("--reference usermodule:trusted", "--reference is for a model of your own"),
+        (
+            "usermodule:trusted --input x.npy",
+            "to make one without arguments, but needs x; --reference takes functions",
+        ),
         ("usermodule:stops --input x.npy", "the model's own code stopped with sys.exit(0)"),
         ("usermodule:model --input damaged.npz", "--input 'damaged.npz' cannot be read: "),
         ("usermodule:model --input x.npy --samples 3", "--samples is for the book's network"),
         ("usermodule:model --input x.npy --reference usermodule:OWN", "has no 'OWN'"),
+        ("usermodule:model --input x.npy --reference x.npz", "several arrays as a dictionary in"),
     ],
 )
 def test_wrong_usage_of_ones_own_is_one_line(own, arguments, message, capsys):

@@ -34,6 +34,7 @@ from torchnnfs.testing.candidates import (
 )
 from torchnnfs.testing.comparison import Comparison, compare
 from torchnnfs.testing.files import check_writable, write_whole
+from torchnnfs.testing.models import parameters_of
 from torchnnfs.testing.outcome import plain
 from torchnnfs.testing.processes import Processes, processes
 from torchnnfs.testing.report import show
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("model", nargs="?", metavar="MODULE:MODEL", help="a model of your own, or what makes it")
     own = command.add_argument_group("for a model of your own").add_argument
     own("--input", metavar="FILE", help=".npy: its input; .npz: keyword arguments")
-    own("--reference", metavar="MODULE:NAME", help="what to compare with; or a .npy")
+    own("--reference", metavar="MODULE:NAME", help="function, module, dictionary; or a .npy")
     own("--target", metavar="FILE.npy", help="the classes, for --backward")
     book = command.add_argument_group("for the book's network").add_argument
     book("--samples", type=int, help="points on each spiral arm (default: 100)")
@@ -166,14 +167,21 @@ def _own(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     if input is None:
         raise ValueError(f"{name} needs its input: --input FILE.npy")
     model = _named(name)
-    if not isinstance(model, nn.Module) and callable(model):
+    made = not isinstance(model, nn.Module) and callable(model)
+    if made:
+        needed = [each.name for each in parameters_of(model).values() if each.default is each.empty]
+        if needed:
+            raise ValueError(
+                f"{name} is expected to be a torch.nn.Module or to make one without arguments, but "
+                f"needs {', '.join(needed)}; --reference takes functions"
+            )
         model = model()
     if not isinstance(model, nn.Module):
         got = type(model).__name__
         raise ValueError(f"{name} is expected to be a torch.nn.Module or to make one, got {got}")
     task = {"model": model, "input": _loaded("input", input)}
     shapes = [f"{tuple(each.shape)} {each.dtype}" for each in leaves(task["input"]).values()]
-    facts = {"model": name, "input": f"{input}: {', '.join(shapes)}"}
+    facts = {"model": name + "(), made just now" * made, "input": f"{input}: {', '.join(shapes)}"}
     if "target" in given:
         task["target"] = _loaded("target", given["target"])
     if "reference" in given:
@@ -187,7 +195,10 @@ def _named(name: str) -> Any:
     """What ``module:name`` names, imported with the current directory in the path."""
     module, _, path = name.partition(":")
     if not module or not path or module.endswith(".py"):
-        raise ValueError(f"expected MODULE:NAME, as in mymodule:model, got {name!r}")
+        raise ValueError(
+            f"expected MODULE:NAME, as in mymodule:model, got {name!r}; --reference takes an .npy "
+            "file as well, and several arrays as a dictionary in a module"
+        )
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:

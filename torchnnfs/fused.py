@@ -136,7 +136,9 @@ class _Structure:
             return "the softmax is along another dimension than the last"
         samples = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
         if samples < kernel.least:
-            return kernel.reason or "the samples are too few"
+            return (
+                kernel.reason or f"with so many weights fewer than {kernel.least} samples cost more"
+            )
         if not input.is_contiguous() or input.is_neg():
             copy = input.detach().resolve_neg().contiguous()
             return held, (samples, copy.data_ptr(), held.places), copy

@@ -83,7 +83,9 @@ class Kernel:
         if not is_cpu:
             self.reason, self.least = "it is not on the CPU", 0
         elif dtype not in TYPES or max(chain.widths) > WIDEST:
-            self.reason = f"it is wider than {WIDEST}, or of {dtype}"
+            known = f"the kernel is for {', '.join(str(each)[6:] for each in TYPES)}"
+            wide = f"a layer is {max(chain.widths)} wide, the kernel at most {WIDEST}"
+            self.reason = wide if dtype in TYPES else f"{known}, not {dtype}"
         elif compiler not in broken:
             try:
                 self.run = _compile(chain, dtype, compiler)

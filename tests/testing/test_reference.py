@@ -319,7 +319,11 @@ class NoNumbers:
         ([Nothing()], TypeError, "Nothing.forward number 0 to return an array or to set output"),
         (Nothing(), TypeError, "Nothing.forward for the output to return .*got neither"),
         (NoNumbers(), TypeError, "to give arrays of numbers, got str of dtype <U5"),
-        ({"middle": np.ones(3)}, ValueError, "paths in the model, got 'middle'; there are '', '0'"),
+        (
+            {"middle": np.ones(3)},
+            ValueError,
+            "places in the model, got 'middle'; there are '', '0'",
+        ),
         ({"0": 3}, TypeError, "compare expects as reference at '0' .*, got 3"),
         (
             [Activation_ReLU(), Returns(lambda x: x @ np.ones((7, 2)))],
@@ -471,3 +475,54 @@ def test_a_reference_of_another_kind_says_who_is_far_and_whose_run_it_was():
     first = compare(model, input, reference=reference, candidates=double).first_divergence
     assert "the reference's own float64 run gives" in first.reason
     assert "the candidate computes what the model's own layers and parameters give" in first.reason
+
+
+class Parallel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+def test_a_layer_that_gets_the_models_input_is_no_victim_of_another():
+    torch.manual_seed(0)
+    model, x = Parallel(), torch.randn(20, 3)
+    recorded = {path: model.get_submodule(path)(x).detach().numpy() for path in ("a", "b")}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    found = compare(model, x, reference=recorded, candidates=["eager"], controls=False)
+    assert [(row.layer, row.state) for row in found.rows[:2]] == [
+        ("a", "differs"),
+        ("b", "differs"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("places", "where"),
+    [
+        ([], "; a reference that maps places in the model to arrays shows where"),
+        ([("first", "array")], "; arrays at more places show where"),
+        ([("first", "function")], "; a function at a place misses faults between places: arrays"),
+    ],
+)
+def test_the_verdict_says_how_to_find_the_place(places, where):
+    torch.manual_seed(0)
+    right, wrong, x = Own(), Unscaled(), torch.randn(20, 3)
+    wrong.load_state_dict(right.state_dict())
+    weight, bias = (each.detach().numpy().astype(np.float64) for each in right.first.parameters())
+    known = {"array": x.numpy() @ weight.T + bias, "function": lambda h: h @ weight.T + bias}
+    exact = copy.deepcopy(right).double()
+    reference = {path: known[kind] for path, kind in places}
+    reference[""] = lambda x: exact(torch.from_numpy(x)).detach().numpy()
+    found = compare(wrong, x, reference=reference, candidates=["eager"], controls=False)
+    assert found.first_divergence.candidate == "the model"
+    assert where in found.verdict
+
+
+def test_a_shape_is_no_matter_of_rounding():
+    model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(20, 3)
+    found = compare(model, x, reference=lambda x: x[1:, :2], candidates=["eager"], controls=False)
+    assert found.verdict.endswith("shape (20, 2) where the reference gives shape (19, 2).")

@@ -35,7 +35,8 @@ def judge_gradients(candidate: Candidate, target: Any, problem: Problem) -> list
         raise ValueError("compare with backward expects a target, the classes of the input's rows")
     if problem.mismatch or problem.reference.sources or problem.reference.recorded:
         raise ValueError(
-            "compare with backward expects as reference a module with the model's own layers"
+            "compare with backward expects as reference a module with the model's own layers, or "
+            "none: then each gradient is judged by the formula of its layer"
         )
     if not isinstance(target, Tensor):
         target = torch.as_tensor(np.array(target))

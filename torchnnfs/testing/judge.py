@@ -134,6 +134,7 @@ def find(trace: Trace, problem: Problem) -> list[Finding]:
         if isolated is None or call.path in reference.sources:
             isolated = problem.isolated(call)
         calls[call.path] -= 1
+        alone = isolated
         if (
             problem.is_own
             and call.path in reference.recorded
@@ -141,6 +142,8 @@ def find(trace: Trace, problem: Problem) -> list[Finding]:
             and not calls[call.path]
         ):
             chained = problem.recorded(call.path)  # which holds what came out last
+            if _same((call.args, call.kwargs), split(problem.model.input)):
+                isolated = chained  # no layer came before
         if isolated is None and chained is None:
             continue
         times[call.path] += 1
@@ -148,8 +151,8 @@ def find(trace: Trace, problem: Problem) -> list[Finding]:
         label += f" (call {times[call.path]})" if times[call.path] > 1 else ""
         here = Finding(call.path, label, "", call.kind, follows=follows)
         first, *more = _measured(trace, here, call.output, isolated, chained, problem)
-        if isolated and call.path not in reference.sources:
-            first = replace(first, sample=_sample(place, call, isolated, problem))
+        if alone and call.path not in reference.sources:
+            first = replace(first, sample=_sample(place, call, alone, problem))
         found += [first, *more]
     named = "" in reference.sources or "" in reference.recorded
     shown = last is not None and step == len(steps) and _same(last, trace.output)
@@ -174,11 +177,19 @@ def find_formula(problem: Problem) -> tuple[Trace, list[Finding]] | None:
     if problem.formula is None or exact is None:
         return None
     trace = Trace(MODEL, "cpu", "float64", (), exact.output)
-    words = "in float64 this is no rounding: the code or the parameters differ"
-    if list(problem.reference.sources) == [""]:
-        words += "; a reference that maps layers to functions or arrays shows where"
-    here = replace(_output(problem), remark=words, allowed=_most(problem.formula))
+    here = replace(_output(problem), remark=_where(problem), allowed=_most(problem.formula))
     return trace, [*_measured(trace, here, exact.output, None, problem.formula, problem)]
+
+
+def _where(problem: Problem) -> str:
+    """To be said where the model in float64 is another function than the reference."""
+    words = "in float64 this is no rounding: the code or the parameters differ; "
+    functions, arrays = problem.reference.sources.keys(), problem.reference.recorded.keys()
+    if functions - {""}:
+        return f"{words}a function at a place misses faults between places: arrays there show where"
+    if arrays - {""}:
+        return f"{words}arrays at more places show where"
+    return f"{words}a reference that maps places in the model to arrays shows where"
 
 
 def _output(problem: Problem) -> Finding:
@@ -279,7 +290,7 @@ def row_of(trace: Trace, found: Finding, excess: float | None = None, wrong: boo
     if right and not found.follows:
         state = DIFFERS
         reason = "it computes right, but its input is not what the layer before it gave"
-    remark = found.remark or _who_is_far(found.far)
+    remark = "" if decisive.unlike else found.remark or _who_is_far(found.far)
     return Row(
         candidate=trace.name,
         device=trace.device,

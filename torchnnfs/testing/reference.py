@@ -73,7 +73,7 @@ def read(reference: Any, model: nn.Module, places: Sequence[Place]) -> Reference
     for path, entry in named.items():
         if path not in paths:
             raise ValueError(
-                f"compare expects the reference's keys to be paths in the model, got {path!r}; "
+                f"compare expects the reference's keys to be places in the model, got {path!r}; "
                 f"there are {', '.join(map(repr, paths))} ('' is the output)"
             )
         where = f"at {path!r}" if path else "for the output"
