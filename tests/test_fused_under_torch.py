@@ -71,6 +71,40 @@ def test_a_trace_follows_its_input(model, batch):
     torch.testing.assert_close(traced(batch[:7]), model(batch[:7]))
 
 
+COMPILED = {
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "grad": lambda f: torch.func.grad(lambda x: f(x)[:, 0].log().mean()),
+    "vmap of grad": lambda f: torch.vmap(torch.func.grad(lambda x: f(x)[0].log())),
+    "forward mode": lambda f: lambda x: forward_mode(f, x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_transformations(model, batch, name):
+    torch._dynamo.reset()
+    got = torch.compile(COMPILED[name](fuse(model)), backend="eager")(batch)
+    torch.testing.assert_close(got, COMPILED[name](model)(batch))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's own
+def test_compiled_hooks_for_all_modules_and_layers_that_were_replaced(model, batch):
+    fused_model, hooks = fuse(model), nn.modules.module
+    torch._dynamo.reset()
+    handle = hooks.register_module_forward_hook(
+        lambda module, _, output: 2 * output if isinstance(module, nn.ReLU) else None
+    )
+    try:
+        got, expected = torch.compile(fused_model, backend="eager")(batch), model(batch)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(got, expected)
+    model[0] = nn.Linear(2, 3)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"call fuse\(model\) again"):
+        torch.compile(fused_model, backend="eager")(batch)
+
+
 def test_fake_tensors_stay_fake():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -191,6 +191,16 @@ def test_backward_twice_scaled_and_after_a_change(model, batch):
         loss.backward()
 
 
+def test_a_scaled_loss_keeps_small_gradients(lively):
+    model, target = lively(2, 8, 3).half(), torch.randint(3, (30_000,))
+    nn.init.normal_(model[0].weight, std=0.01)
+    input = torch.randn(30_000, 2).half().requires_grad_()
+    (2.0**14 * fuse(model).cross_entropy(input, target)).backward()
+    exact = input.detach().double().requires_grad_()
+    (2.0**14 * F.cross_entropy(model.double()[:-1](exact), target)).backward()
+    assert (input.grad - exact.grad).norm() < 0.01 * exact.grad.norm()
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 3), (33, 2)], ids=str)
 @pytest.mark.parametrize("softmax", [True, False])
 def test_cross_entropy_is_torchs(model, shape, softmax):

@@ -86,6 +86,30 @@ def test_nothing_is_left_on_disk(no_kernel, batch, monkeypatch, tmp_path, lively
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_missing_temporary_directory_is_no_missing_compiler(
+    no_kernel, batch, monkeypatch, lively
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", "/nowhere")
+        patch.delenv("CXX")
+        with pytest.warns(RuntimeWarning, match="No such file or directory: '/nowhere/torchnnfs-"):
+            fuse(lively(2, 5, 3))(batch)
+        assert not kernel.broken
+    monkeypatch.delenv("CXX")
+    fused_model = fuse(lively(2, 6, 3))
+    fused_model(batch)
+    assert fused_model.formulation == "kernel"
+
+
+def test_a_compiler_that_is_told_to_be_inexact_is_not(no_kernel, batch, monkeypatch, lively):
+    monkeypatch.setenv("CXX", "c++ -ffast-math")
+    model = lively(2, 5, 3)
+    nan = torch.where(batch > 0, batch, torch.nan)
+    assert fuse(model).formulation == "kernel"
+    torch.testing.assert_close(fuse(model)(nan), model(nan), equal_nan=True)
+    assert torch.tensor(1e-40) / 2 > 0  # nor does the process lose small numbers
+
+
 def test_threads_compile_a_kernel_once(no_kernel, model, batch, monkeypatch, tmp_path):
     counted = 'echo >> "$0.calls"; exec c++ "$@"'
     monkeypatch.setenv("CXX", script(tmp_path / "compiler", counted))

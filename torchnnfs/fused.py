@@ -73,12 +73,15 @@ class _Structure:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "held": None}
 
-    def elsewhere(self, input: Any) -> str:
-        """Why the layers must compute, as things are outside of them; "" if they need not."""
+    def elsewhere(self, input: Any, compiling: bool = False) -> str:
+        """Why the layers must compute, as things are outside of them; "" if they need not.
+
+        What is `compiling` is a mode itself, and takes subclasses apart.
+        """
         for sequence, layers in self.sequences:
             if [*sequence._modules.values()] != layers:
                 raise RuntimeError(AGAIN)
-        if is_in_torch_dispatch_mode() or has_torch_function((input,)):
+        if not compiling and (is_in_torch_dispatch_mode() or has_torch_function((input,))):
             return "a mode or a subclass of torch's takes part"
         if is_autocast_enabled("cpu"):
             return "autocast is on"
@@ -349,7 +352,11 @@ class Fused(nn.Sequential):
     def _traced(self, input: Tensor, softmax: bool) -> Tensor | None:
         """For torch.compile and torch.export: one operation; None for what they fuse themselves."""
         structure, dense, last = self._structure, self._structure.dense, self._structure.softmax
-        if structure.why_not() or is_autocast_enabled("cpu") or torch.onnx.is_in_onnx_export():
+        if (
+            structure.elsewhere(input, True)
+            or structure.why_not()
+            or torch.onnx.is_in_onnx_export()
+        ):
             return None
         if not input.is_cpu or (last is not None and last.dim not in (-1, input.ndim - 1)):
             return None

@@ -71,8 +71,8 @@ def test_numpys_exp_is_named_where_it_is_not_exact():
     exact = np.exp(shifted.astype(np.float64)).astype(np.float32)
     wrong = np.count_nonzero(np.exp(shifted) != exact)
     named = [note for note in comparison.notes if "not correctly rounded" in note]
-    assert len(named) == (wrong > 0)
-    assert not wrong or f"for {wrong} of 3000 numbers" in named[0]
+    assert len(named) == (wrong > 30)  # the C library's exp is so for very few
+    assert not named or f"for {wrong} of 3000 numbers" in named[0]
 
 
 @pytest.mark.parametrize("name", ["\x1b[31m", "a\nb", "\r", "\u202e"])
