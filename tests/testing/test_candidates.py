@@ -90,9 +90,9 @@ def test_a_candidate_computes_in_the_models_own_dtype():
     with torch.no_grad():
         other.weight *= 1 + 1e-12
     told = judge(model, points, Candidate(), reference=other)
-    assert [row.dtype for row in told.rows] == ["float64"]
-    assert not told.ok
-    assert judge(model, points, Candidate(dtype=torch.float32), reference=other).ok
+    assert [row.dtype for row in told.rows] == ["float64", "float64"]  # the last: "the model"
+    assert not told.rows[0].ok
+    assert judge(model, points, Candidate(dtype=torch.float32), reference=other).rows[0].ok
     told = judge(nn.Linear(3, 3, dtype=torch.bfloat16), points.bfloat16(), "eager")
     assert [row.dtype for row in told.rows] == ["bfloat16"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchnnfs.testing.precision import Array, Precision
@@ -50,15 +51,23 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     With a seed it rounds at random, as the arithmetic of a dtype may: what goes into an operation
     and what comes out is moved by several units roundoff (Monte Carlo arithmetic: D. S. Parker,
-    1997). Beyond the largest number of the dtype is infinity.
+    1997). Beyond the largest number of the dtype is infinity. With `constants` nothing rounds, but
+    numbers that the code keeps in a coarser dtype are off by that relative error.
     """
 
     def __init__(
-        self, precision: Precision, seed: int | None, dtype: torch.dtype, most: float
+        self,
+        precision: Precision,
+        seed: int | None,
+        dtype: torch.dtype,
+        most: float,
+        constants: float = 0.0,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.precision, self.exact, self.dtype = precision, seed is None, dtype
+        self.precision, self.dtype, self.constants = precision, dtype, constants
+        self.exact = seed is None or constants > 0
         self.count, self.most = 0, most  # of operations
+        self.whole = False  # whether the operation at work computes whole numbers exactly
         self.random = torch.Generator().manual_seed(seed or 0)
 
     def moved(self, tensor: Tensor, size: float) -> Tensor:
@@ -68,7 +77,24 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not tensor.is_floating_point():
             return tensor
         drawn = torch.rand(tensor.shape, generator=self.random, dtype=tensor.dtype)
-        return tensor * (1 + size * _WIDEST * (2 * drawn - 1))
+        return self.kept(tensor, tensor * (1 + size * _WIDEST * (2 * drawn - 1)))
+
+    def kept(self, tensor: Tensor, moved: Tensor) -> Tensor:
+        """`moved`, but for whole numbers as they were, where the operation computes these exactly.
+
+        Then indices and equalities are what they are in the dtype.
+        """
+        if not self.whole:
+            return moved
+        size, p = tensor.abs(), self.precision
+        exact = (size <= 2.0**p.digits) & (tensor == tensor.round()) | (size == p.largest)
+        return torch.where(exact, tensor, moved)
+
+    def unrounded(self, tensor: Tensor) -> Tensor:
+        """A constant of the code, which it has rounded, as it may have been before."""
+        if tensor.dtype in (torch.float64, torch.complex128):
+            return tensor
+        return self.moved(_doubled(tensor), self.constants)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -79,19 +105,30 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = dict(kwargs or {})
         if (dtype := kwargs.get("dtype")) is not None:
             kwargs["dtype"] = kept_dtype(torch.empty(0, dtype=dtype), torch.float64)
-        schema, name = func._schema, func.overloadpacket.__name__
-        if name in _DRAWN:  # the numbers that the dtype draws
-            return func(*args, **{**kwargs, "dtype": self.dtype}).double()
+        schema, name = func._schema, func.overloadpacket.__name__.rstrip("_")
+        writes = any(each.alias_info and each.alias_info.is_write for each in schema.arguments)
+        if torch.Tag.nondeterministic_seeded in func.tags:  # the numbers that the dtype draws
+            if name in _DRAWN and any(each.name == "dtype" for each in schema.arguments):
+                kwargs["dtype"] = self.dtype
+            narrow = convert(args, Tensor, lambda tensor: tensor.to(kept_dtype(tensor, self.dtype)))
+            drawn = convert(func(*narrow, **kwargs), Tensor, _doubled)
+            return args[0].copy_(drawn) if writes else drawn
+        if self.constants and not writes:
+            args = convert(args, Tensor, self.unrounded)
         shares = any(each.alias_info and not each.alias_info.is_write for each in schema.returns)
         if self.exact or name in _EXACT or shares:
             return func(*args, **kwargs)
-        writes = any(each.alias_info and each.alias_info.is_write for each in schema.arguments)
+        if forward_ad._current_level >= 0:  # torch 2.13 ends the process where numbers are moved
+            raise RuntimeError("forward-mode differentiation has no bound")
+        self.whole = torch.Tag.pointwise in func.tags or name in _WHOLE
         if not writes:
             args = convert(args, Tensor, lambda tensor: self.moved(tensor, self.precision.unit))
         result = func(*args, **kwargs)
         # Sums of many equal terms round in one direction: allow for the root of their number.
-        terms = _terms(args, result) if name.rstrip("_") in _SUMS else 1.0
-        if name.startswith("upsample"):  # so much the places between which it looks may round
+        terms = _terms(args, result) if name in _SUMS else 1.0
+        if name.lstrip("_").startswith(
+            "upsample"
+        ):  # so much the places between which it looks may round
             terms = float(max(result.shape[2:])) ** 2
         if not writes:
             return convert(result, Tensor, lambda tensor: self.stored(tensor, terms))
@@ -108,8 +145,12 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rounded = self.moved(tensor, (2 + math.sqrt(terms)) * p.unit + p.stored_unit)
         if p.stored_tiny:
             tiny = torch.full_like(tensor, p.stored_tiny)
-            rounded = rounded + self.moved(tiny, 1.0) - tiny
+            rounded = self.kept(tensor, rounded + self.moved(tiny, 1.0) - tiny)
         return torch.where(tensor.abs() > p.largest, tensor * np.inf, rounded)
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.to(kept_dtype(tensor, torch.float64))
 
 
 def _of_parts(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -119,19 +160,25 @@ def _of_parts(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 #: Operations that do not round: moving what goes into them would be another question.
-_EXACT = {"floor", "ceil", "round", "trunc", "sign", "abs", "neg", "clone", "copy_", "_to_copy"}
+_EXACT = {"floor", "ceil", "round", "trunc", "sign", "abs", "neg", "clone", "copy", "_to_copy"}
 _EXACT |= {"eq", "ne", "lt", "le", "gt", "ge", "argmax", "argmin", "where", "maximum", "minimum"}
 _EXACT |= {"relu", "threshold", "clamp", "embedding", "cat", "stack", "index", "gather"}
-_EXACT |= {"max", "min"}
+_EXACT |= {"max", "min", "amax", "amin", "sort", "topk", "kthvalue", "median", "masked_fill"}
+_EXACT |= {"tril", "triu", "flip", "roll", "repeat", "constant_pad_nd", "index_select"}
+
+#: Operations that compute whole numbers from whole numbers exactly, beside those on single numbers.
+_WHOLE = {"sum", "cumsum", "ones", "ones_like", "new_ones", "full", "full_like", "new_full"}
+_WHOLE |= {"arange", "eye", "fill", "scalar_tensor", "one_hot", "scatter"}
 
 #: Operations that add many terms.
 _SUMS = {"mm", "addmm", "bmm", "baddbmm", "mv", "dot", "convolution", "sum", "mean", "var"}
 _SUMS |= {"linalg_vector_norm", "norm", "cumsum", "native_layer_norm", "native_batch_norm"}
 _SUMS |= {"index_add", "scatter_add", "scatter_reduce", "_embedding_bag", "avg_pool1d"}
 _SUMS |= {"_embedding_bag_forward_only", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d"}
+_SUMS |= {"_adaptive_avg_pool3d", "index_put", "bincount", "segment_reduce"}
 
-#: Operations that draw numbers, which depend on the dtype.
-_DRAWN = {"rand", "randn", "rand_like", "randn_like"}
+#: Operations that draw numbers in a dtype which they are told.
+_DRAWN = {"rand", "randn", "rand_like", "randn_like", "normal"}
 
 
 def _terms(args: Any, result: Any) -> float:
@@ -196,6 +243,7 @@ def shaken(seed: int | None) -> Callable[[Array, Any], Array]:
     def off(value: Array, error: Any) -> Array:
         if seed is None or not np.any(error):
             return np.array(value)
-        return np.array(value + error * random.uniform(-_WIDEST, _WIDEST, value.shape))
+        moved = value + error * random.uniform(-_WIDEST, _WIDEST, value.shape)
+        return np.where(np.isinf(value), value, moved)  # infinity does not round
 
     return off

@@ -207,17 +207,21 @@ class Exact:
             nonlocal most
             off, errors = shaken(seed), iter(leaves(error).values())
             calls: list[Call] = []
-            arithmetic = Arithmetic(precision, None if parameters else seed, self.dtype, most)
+            arithmetic = Arithmetic(
+                precision, seed, self.dtype, most, parameters * (seed is not None)
+            )
             state = cast(stored, "cpu", torch.float64)
 
             def nudge(stored: Tensor) -> None:
-                value = to_numpy(stored)
-                value = off(value, parameters * np.abs(value))
-                stored.detach().copy_(torch.from_numpy(value))
+                if stored.is_floating_point() or stored.is_complex():
+                    value = to_numpy(stored)
+                    moved = off(parts(value), parameters * np.abs(parts(value)))
+                    stored.detach().copy_(
+                        torch.from_numpy(moved.view(value.dtype).reshape(value.shape))
+                    )
 
-            for each in state.values():
-                if parameters and each.is_floating_point():
-                    nudge(each)
+            for each in state.values() if parameters else ():
+                nudge(each)
 
             def tensor(x: Array) -> Tensor:
                 moved = off(parts(x), next(errors, None))
@@ -239,7 +243,7 @@ class Exact:
                     if getattr(part, "eps", 0) is None:  # as of RMSNorm: that of the dtype
                         vars(part)["eps"] = torch.finfo(self.dtype).eps
                     for each in vars(part).values() if parameters else ():
-                        if isinstance(each, Tensor) and each.is_floating_point():
+                        if isinstance(each, Tensor):
                             nudge(each)
                 output = compute(*args, **kwargs)
             if seed is None:

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -316,19 +317,35 @@ def _failure(model: nn.Module, error: Exception, given: Any) -> str:
 
 
 def _keep(module: nn.Module) -> Callable[[], None]:
-    """What restores the module's attributes after a forward that changes them."""
+    """What restores the module's attributes after a forward that changes them.
+
+    Also what is in their containers, in tensors there, and in objects that are no modules.
+    """
     attributes = dict(vars(module))
     contents: dict[int, tuple[Any, Any]] = {}
 
-    def keep(value: Any) -> None:
-        if isinstance(value, dict | list | set | deque | np.ndarray) and id(value) not in contents:
+    def keep(value: Any, direct: bool = False) -> None:
+        own = getattr(value, "__dict__", None)
+        if id(value) in contents or isinstance(value, nn.Module | type | ModuleType):
+            return
+        if isinstance(value, Tensor):
+            if not direct:  # the module's own tensors are not those that compute
+                contents[id(value)] = value, value.detach().clone()
+        elif isinstance(value, torch.Generator):
+            contents[id(value)] = value, value.get_state()
+        elif isinstance(value, dict | list | set | deque | np.ndarray):
             contents[id(value)] = value, copy.copy(value)
             entries = value.values() if isinstance(value, dict) else value
             for each in () if isinstance(value, np.ndarray) else entries:
                 keep(each)
+        elif isinstance(value, tuple):
+            for each in value:
+                keep(each)
+        elif isinstance(own, dict) and not callable(value):
+            keep(own)
 
     for each in attributes.values():
-        keep(each)
+        keep(each, direct=True)
 
     def restore() -> None:
         vars(module).clear()
@@ -336,6 +353,13 @@ def _keep(module: nn.Module) -> Callable[[], None]:
         for value, content in contents.values():
             if isinstance(value, np.ndarray):
                 value[...] = content
+                continue
+            if isinstance(value, torch.Generator):
+                value.set_state(content)
+                continue
+            if isinstance(value, Tensor):
+                if not torch.equal(value, content):
+                    value.detach().copy_(content)
                 continue
             value.clear()
             value.extend(content) if isinstance(value, list | deque) else value.update(content)

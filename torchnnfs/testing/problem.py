@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from torchnnfs.testing.estimate import ESTIMATED, ROUNDING, Expected
 from torchnnfs.testing.exact import Exact
-from torchnnfs.testing.models import own_dtype
+from torchnnfs.testing.models import Place, own_dtype
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.reference import Answer, Reference
 from torchnnfs.testing.traces import Call
@@ -90,7 +89,8 @@ class Problem:
         if not self.is_own or not self.reference.judges_output:
             return None
         module = self.reference.module
-        if module is not None and not self.mismatch and self.model.plain and self.end.plain:
+        plain = module is not None and not self.mismatch and self.model.plain and self.end.plain
+        if plain and module is not None and self._same_parameters(module):
             return None  # its formulas are all that it computes
         ours, answer = self.model.inside("", _DOUBLE), self._answer
         theirs = ours if module is None else self.end.inside("", _DOUBLE)
@@ -108,7 +108,10 @@ class Problem:
         return replace(_allowing(answer, replace(ours, bounds=bounds), theirs), basis=ESTIMATED)
 
     def _same_parameters(self, module: nn.Module) -> bool:
-        ours, theirs = (dict(each.named_parameters()) for each in (self.model.model, module))
+        ours, theirs = (
+            dict([*each.named_parameters(), *each.named_buffers()])
+            for each in (self.model.model, module)
+        )
         return ours.keys() == theirs.keys() and all(
             np.array_equal(to_numpy(ours[name]), to_numpy(theirs[name])) for name in ours
         )
@@ -139,6 +142,12 @@ class Problem:
             if place.step and (place.layer is None or place.layer.backward is None)
         )
 
+    def _makes(self, place: Place) -> bool:
+        """Whether code makes its weights: a parametrization, pruning, weight norm, a hook."""
+        read = self.model.arguments.get(place.path, {}) if place.layer else {}
+        own = place.module._parameters
+        return any(read.get(name) is not None and name not in own for name in ("weight", "bias"))
+
     @property
     def unjudged(self) -> tuple[str, ...]:
         """The steps that nothing independent judged."""
@@ -149,18 +158,12 @@ class Problem:
         made = [
             f"how {place.title} makes its parameters"
             for place in self.model.places.values()
-            if place.layer and (parametrize.is_parametrized(place.module) or _prunes(place.module))
+            if self._makes(place)
         ]
         return (
             *(each.title for each in places if each.layer is None and each.path not in covered),
             *made,
         )
-
-
-def _prunes(module: nn.Module) -> bool:
-    """Whether torch's hooks for pruning or weight norm make its parameters."""
-    hooks = module._forward_pre_hooks.values()
-    return any(type(each).__module__.startswith("torch.nn.utils") for each in hooks)
 
 
 def _fitted(output: Any, expected: Expected) -> Any:
