@@ -307,7 +307,7 @@ def row_of(trace: Trace, found: Finding, excess: float | None = None, wrong: boo
         bound_ratio=decisive.ratio,
         excess=excess,
         basis=basis,
-        reason=f"{reason}; {remark}" if remark and state != OK else reason,
+        reason=f"{reason}; {remark}" if remark and state not in (OK, NOTHING) else reason,
         worst=decisive.worst,
         ulps=measured.ulps,
         unbounded=max(each.unbounded for each in shown),
