@@ -151,6 +151,19 @@ def test_a_module_with_the_same_layers_is_asked_in_float64(make, x):
     assert not judged(wrong, x, reference=right).ok
 
 
+@pytest.mark.parametrize("times", [1, 1.001])
+def test_a_mask_of_ones_is_compared_with_one(times):
+    ones = torch.tril(torch.ones(9, 9))
+
+    def attend(model, x, mask):
+        return times * (x @ x.transpose(1, 2)).masked_fill(mask != 1, -1e9).softmax(-1) @ x
+
+    x = drawn(2, 9, 8)
+    held = Model(lambda model, x: attend(model, x, model.mask), mask=ones)
+    for model in (held, Model(lambda model, x: attend(model, x, ones))):
+        assert judged(model, x, reference=numpys_causal).ok is (times == 1)
+
+
 WAVES = torch.sin(torch.outer(torch.arange(12.0), torch.exp(torch.arange(6.0) * -0.7)))
 NUMPYS_WAVES = np.sin(np.outer(np.arange(12.0), np.exp(np.arange(6.0) * -0.7)))
 CONSTANTS = {
@@ -288,3 +301,19 @@ def test_weights_that_a_hook_makes_are_named():
     )
     found = judged(nn.Sequential(linear), drawn(12, 6))
     assert found.unjudged == ("how 0 Linear makes its parameters",)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_attention_as_one_operation_is_computed_in_float64(wrong):
+    """PyTorch says of it that it draws numbers: it may drop some out."""
+
+    def attend(model, x):
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    def trusted(x):
+        seen = np.tril(np.ones((9, 9))) == 1
+        return softmax(np.where(seen, x @ mirrored(x) / (8 + 1e-6 * wrong) ** 0.5, -np.inf)) @ x
+
+    found = judged(Model(attend), drawn(2, 9, 8), reference=trusted)
+    assert found.ok is not wrong
+    assert found.rows[-1].bound_ratio > 1e3 or not wrong

@@ -67,7 +67,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.precision, self.dtype, self.constants = precision, dtype, constants
         self.exact = seed is None or constants > 0
         self.count, self.most = 0, most  # of operations
-        self.whole = False  # whether the operation at work computes whole numbers exactly
+        # Whether whole numbers stay: of constants, and where the operation computes them exactly.
+        self.whole = self.exact
         self.random = torch.Generator().manual_seed(seed or 0)
 
     def moved(self, tensor: Tensor, size: float) -> Tensor:
@@ -107,8 +108,9 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs["dtype"] = kept_dtype(torch.empty(0, dtype=dtype), torch.float64)
         schema, name = func._schema, func.overloadpacket.__name__.rstrip("_")
         writes = any(each.alias_info and each.alias_info.is_write for each in schema.arguments)
-        if torch.Tag.nondeterministic_seeded in func.tags:  # the numbers that the dtype draws
-            if name in _DRAWN and any(each.name == "dtype" for each in schema.arguments):
+        takes = {each.name for each in schema.arguments}
+        if name in _DRAWN or "generator" in takes:  # the numbers that the dtype draws
+            if name in _DRAWN and "dtype" in takes:
                 kwargs["dtype"] = self.dtype
             narrow = convert(args, Tensor, lambda tensor: tensor.to(kept_dtype(tensor, self.dtype)))
             drawn = convert(func(*narrow, **kwargs), Tensor, _doubled)

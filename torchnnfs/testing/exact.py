@@ -215,10 +215,12 @@ class Exact:
             def nudge(stored: Tensor) -> None:
                 if stored.is_floating_point() or stored.is_complex():
                     value = to_numpy(stored)
-                    moved = off(parts(value), parameters * np.abs(parts(value)))
-                    stored.detach().copy_(
-                        torch.from_numpy(moved.view(value.dtype).reshape(value.shape))
-                    )
+                    pairs = parts(value)
+                    moved = off(pairs, parameters * np.abs(pairs))
+                    if not isinstance(stored, nn.Parameter):  # a mask of ones is one
+                        moved = np.where(pairs == np.rint(pairs), pairs, moved)
+                    moved = moved.view(value.dtype).reshape(value.shape)
+                    stored.detach().copy_(torch.from_numpy(moved))
 
             for each in state.values() if parameters else ():
                 nudge(each)
