@@ -217,3 +217,104 @@ def test_gradients_are_judged_whatever_the_mode(chapter, mode):
     model, points, target = chapter
     with mode():
         assert compare(model, points, backward=True, target=target).ok
+
+
+class Model(nn.Module):
+    """A forward of its own, of the model and its arguments."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.by = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args):
+        return self.by(self, *args)
+
+
+def scaled(parameter):
+    parameter.register_hook(lambda gradient: gradient * 1.001)
+
+
+TOKENS, ROWS = torch.arange(24).view(12, 2) % 9, torch.linspace(-2, 3, 72).sin().view(12, 6)
+
+
+def judged(model, input, **keywords):
+    keywords.setdefault("target", torch.arange(12) % 3)
+    return compare(model, input, backward=True, controls=False, **keywords)
+
+
+def in_place(change):
+    def forward(self, x):
+        y = self.a(x)
+        change(y)
+        return self.b(y.flatten(1))
+
+    return forward
+
+
+CHANGES = {
+    "scaled": lambda y: y.mul_(0.5),
+    "relu": lambda y: nn.functional.relu(y, inplace=True),
+    "in part": lambda y: y[:, :1].mul_(3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["dense", "of sequences", "embedding", "view"])
+def test_work_in_place_behind_a_layer(change, kind):
+    a, input = {
+        "dense": (nn.Linear(6, 6), ROWS),
+        "of sequences": (nn.Linear(3, 3), ROWS.view(12, 2, 3)),
+        "embedding": (nn.Embedding(9, 3), TOKENS),
+        "view": (nn.Sequential(nn.Linear(3, 3), nn.Flatten()), ROWS.view(12, 2, 3)),
+    }[kind]
+    model = Model(in_place(CHANGES[change]), a=a, b=nn.Linear(6, 3))
+    told = judged(model, input)
+    assert told.ok, told
+    layer = a if kind != "view" else a[0]
+    scaled(layer.weight)
+    first = judged(model, input, candidates=["eager"]).first_divergence
+    assert first.kind == f"{type(layer).__name__} dL/dW"
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.Sigmoid(), nn.Identity()])
+def test_the_input_of_a_layer_is_changed_in_place_behind_it(layer):
+    def residual(self, x):
+        x = self.a(x)
+        x += self.layer(x)
+        return self.b(x)
+
+    model = Model(residual, a=nn.Linear(6, 6), layer=layer, b=nn.Linear(6, 3))
+    assert judged(model, ROWS).ok
+
+
+def test_the_input_of_the_model_is_changed_in_place():
+    model = Model(lambda self, x: self.a(x.mul_(0.5)), a=nn.Linear(6, 3))
+    assert judged(model, ROWS).ok
+
+
+def test_a_wrong_gradient_before_work_in_place_is_found():
+    parts = {"a": nn.Linear(6, 6), "relu": WrongReLU(), "b": nn.Linear(6, 3)}
+    model = Model(lambda self, x: self.b(self.relu(self.a(x)).mul_(2)), **parts)
+    assert judged(model, ROWS).first_divergence.label == "relu WrongReLU dL/dx"
+
+
+def test_a_forward_that_takes_derivatives_itself():
+    def forces(self, x):
+        with torch.enable_grad():
+            x = x.clone() if x.requires_grad else x.clone().requires_grad_()
+            energy = (self.tanh(x @ self.weight) ** 2).sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    model = Model(forces, tanh=nn.Tanh(), weight=nn.Parameter(torch.randn(6, 5)))
+    assert judged(model, ROWS).ok
+
+
+def test_a_layer_that_passes_no_gradient_on_is_found():
+    class Deaf(nn.Linear):
+        def forward(self, input):
+            return super().forward(input.detach())
+
+    model = Model(lambda self, x: self.b(self.a(x)) + 0, a=nn.Linear(6, 6), b=Deaf(6, 3))
+    assert judged(model, ROWS).first_divergence.label == "b Deaf dL/dx"

@@ -22,7 +22,7 @@ from torchnnfs.testing.models import borrowed, cast_input, state_of, stored_dtyp
 from torchnnfs.testing.precision import Array, Precision
 from torchnnfs.testing.problem import Problem
 from torchnnfs.testing.traces import Call, readable, watched
-from torchnnfs.testing.values import leaves, split, to_numpy
+from torchnnfs.testing.values import convert, leaves, split, to_numpy
 
 
 def judge_gradients(candidate: Candidate, target: Any, problem: Problem) -> list[Finding]:
@@ -73,17 +73,24 @@ def _run(candidate: Candidate, problem: Problem) -> tuple[Any, Any, dict[str, Te
     calls: list[Call] = []
     places = problem.model.places.items()
     known = {path: place.module for path, place in places if place.layer is not None}
-    watching = watched(known, calls, lambda tensor: tensor)
+    # A layer gets a copy, and a copy of what it gives goes on: the gradients of those kept are of
+    # this call alone, and no later work in place changes them.
+    watching = watched(known, calls, _copy, lambda kept: convert(kept, Tensor, _copy))
     with borrowed(model, device, stored, state) as run, watching:
         for module in model.modules():
             if getattr(module, "inplace", False):
                 vars(module)["inplace"] = False  # else the layer's own input would be gone
-        output = run(*args, **kwargs)
+        given, named = convert((args, kwargs), Tensor, _copy)
+        output = run(*given, **named)
     with torch.no_grad():
         for name, parameter in parameters.items():
             if not torch.equal(parameter, before[name]):  # a forward that changes its weights
                 parameter.copy_(before[name])
     return tensors[0], output, {name: state[name] for name in parameters}, calls
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _gradients(
@@ -139,9 +146,11 @@ def _gradients(
                     value = gradient(call.input if index else whole)
                 elif not call.output.requires_grad:
                     continue
-                else:  # that of this layer alone: its input goes elsewhere as well
+                else:  # not what comes through derivatives that the forward itself takes
                     reached = torch.from_numpy(g).to(call.output.device, call.output.dtype)
-                    own = torch.autograd.grad(call.output, call.input, reached, retain_graph=True)
+                    own = torch.autograd.grad(
+                        call.output, call.input, reached, retain_graph=True, materialize_grads=True
+                    )
                     value = to_numpy(own[0])
                 yield call.path, f"{call.kind} dL/dx", value, pair
                 continue

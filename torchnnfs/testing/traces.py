@@ -53,19 +53,29 @@ def readable(value: Any) -> Any:
 
 @contextmanager
 def watched(
-    modules: Mapping[str, nn.Module], calls: list[Call], keep: Callable[[Any], Any] = readable
+    modules: Mapping[str, nn.Module],
+    calls: list[Call],
+    keep: Callable[[Any], Any] = readable,
+    hand_on: Callable[[Any], Any] = lambda kept: None,
 ) -> Iterator[None]:
-    """Append each call of each module to `calls`, in the order of their ends; `keep` of numbers."""
+    """Append each call of each module to `calls`, in the order of their ends; `keep` of numbers.
+
+    What `hand_on` makes of what was kept, if not None, takes the place of the original.
+    """
     given: list[tuple[nn.Module, Any, Any]] = []
 
     # Kept before the call: the layer may work in place, and hooks on gradients come behind it.
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given.append((module, convert(args, Tensor, keep), convert(kwargs, Tensor, keep)))
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        kept = convert((args, kwargs), Tensor, keep)
+        given.append((module, *kept))
+        return hand_on(kept)
 
-    def after(path: str, module: nn.Module, args: Any, output: Any) -> None:
+    def after(path: str, module: nn.Module, args: Any, output: Any) -> Any:
         while (entry := given.pop())[0] is not module:
             pass  # it raised, and the model caught that
-        calls.append(Call(path, type(module).__name__, *entry[1:], convert(output, GIVEN, keep)))
+        kept = convert(output, GIVEN, keep)
+        calls.append(Call(path, type(module).__name__, *entry[1:], kept))
+        return hand_on(kept)
 
     with ExitStack() as hooks:
         for path, module in modules.items():
