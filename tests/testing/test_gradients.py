@@ -1,3 +1,5 @@
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
@@ -236,12 +238,76 @@ def scaled(parameter):
     parameter.register_hook(lambda gradient: gradient * 1.001)
 
 
+def autoencoder(self, x):
+    return nn.functional.linear(torch.relu(self.a(x)), self.a.weight.t())
+
+
+def language_model(self, x):
+    return nn.functional.linear(torch.tanh(self.a(x).mean(1)), self.a.weight)
+
+
+def weight_norm(self, x):
+    norm = sum(parameter.pow(2).sum() for parameter in self.parameters())
+    return self.a(x) + norm * torch.arange(3).to(x)
+
+
+def twice_and_once_more(self, x):
+    for call in (self.a, self.a, lambda x: nn.functional.linear(x, self.a.weight)):
+        x = torch.tanh(call(x))
+    return x
+
+
+def caught(self, x):
+    with suppress(RuntimeError):
+        self.a(x.reshape(-1)[:3])
+    return self.a(x[:, :4]) @ self.a.weight
+
+
+def tied_head():
+    model = Model(
+        lambda self, x: self.head(self.a(x).mean(1)) + self.a.weight.sum() * self.a.weight[:, 0],
+        a=nn.Embedding(9, 6),
+        head=nn.Linear(6, 9, bias=False),
+    )
+    model.head.weight = model.a.weight
+    return model
+
+
 TOKENS, ROWS = torch.arange(24).view(12, 2) % 9, torch.linspace(-2, 3, 72).sin().view(12, 6)
+SHARED = {
+    "autoencoder": lambda: (Model(autoencoder, a=nn.Linear(6, 4)), ROWS),
+    "language model": lambda: (Model(language_model, a=nn.Embedding(9, 6)), TOKENS),
+    "sparse": lambda: (Model(language_model, a=nn.Embedding(9, 6, sparse=True)), TOKENS),
+    "weight norm": lambda: (Model(weight_norm, a=nn.Linear(6, 3)), ROWS),
+    "called twice": lambda: (Model(twice_and_once_more, a=nn.Linear(6, 6)), ROWS),
+    "behind an error": lambda: (Model(caught, a=nn.Linear(4, 4)), ROWS),
+    "tied head": lambda: (tied_head(), TOKENS),
+}
 
 
 def judged(model, input, **keywords):
     keywords.setdefault("target", torch.arange(12) % 3)
     return compare(model, input, backward=True, controls=False, **keywords)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_parameter_that_is_used_outside_its_layer_as_well(name, dtype):
+    model, input = SHARED[name]()
+    told = judged(model, input, candidates=[Candidate(dtype=dtype)])
+    assert told.ok, told
+    assert "dL/dW" in {row.kind.split()[-1] for row in rows(told)}
+    scaled(model.a.weight)
+    first = judged(model, input, candidates=["eager"]).first_divergence
+    assert first.label == f"a {type(model.a).__name__} dL/dW"
+
+
+def test_a_parameter_that_is_kept_in_a_list_and_one_that_a_hook_uses():
+    model, norms = Model(lambda self, x: self.a(x) @ self.kept[0], a=nn.Linear(6, 6)), []
+    model.kept = [model.a.weight]
+    assert judged(model, ROWS).ok
+    model = Model(lambda self, x: self.a(x) + norms.pop(), a=nn.Linear(6, 6))
+    model.a.register_forward_hook(lambda layer, args, output: norms.append(layer.weight.sum(1)))
+    assert judged(model, ROWS).ok
 
 
 def in_place(change):

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from torchnnfs.testing.candidates import Candidate
 from torchnnfs.testing.estimate import ROUNDING
+from torchnnfs.testing.exact import Exact
 from torchnnfs.testing.layers import softmax
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.merge import Finding
 from torchnnfs.testing.models import borrowed, cast_input, state_of, stored_dtype, takes
 from torchnnfs.testing.precision import Array, Precision
 from torchnnfs.testing.problem import Problem
-from torchnnfs.testing.traces import Call, readable, watched
+from torchnnfs.testing.traces import Call, lent, readable, watched
 from torchnnfs.testing.values import convert, leaves, split, to_numpy
 
 
@@ -52,41 +53,47 @@ def judge_gradients(candidate: Candidate, target: Any, problem: Problem) -> list
     return found
 
 
-def _run(candidate: Candidate, problem: Problem) -> tuple[Any, Any, dict[str, Tensor], list[Call]]:
-    """The first input, the output, the parameters and the calls of the layers, with history."""
+def _judged(exact: Exact) -> dict[str, dict[str, str]]:
+    """By the path of a layer: what the model calls its weight and its bias, also if tied."""
+    names = {id(parameter): name for name, parameter in exact.model.named_parameters()}
+    places = {path: place for path, place in exact.places.items() if place.layer is not None}
+    return {  # a parametrized layer has no parameter of that name
+        path: {
+            name: names[id(parameter)]
+            for name, parameter in place.module._parameters.items()
+            if name in _SYMBOLS and parameter is not None
+        }
+        for path, place in places.items()
+    }
+
+
+def _run(
+    candidate: Candidate, problem: Problem, judged: dict[str, dict[str, str]]
+) -> tuple[Any, Any, dict[str, Tensor], list[Call]]:
+    """The first input, the output, the judged parameters and the calls of the layers."""
     device, model, dtype = candidate.device, problem.model.model, problem.model.dtype
-    parameters = dict(model.named_parameters())
     stored = stored_dtype(model, problem.input, dtype)
     state = state_of(model, device, stored)
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        # A parameter that need not change is the model's own, so that its hooks see its gradient.
-        same = stored in (None, parameter.dtype) and parameter.device == torch.device(device)
-        if same and parameter.requires_grad:
-            state[name] = parameter
-        elif state[name].is_floating_point():
+    for name, _ in model.named_parameters():
+        if state[name].is_floating_point():
             state[name].requires_grad_()
     args, kwargs = split(cast_input(model, problem.input, device, dtype))
     tensors = list(leaves([args, kwargs]).values())
     for each in tensors:
         each.requires_grad_(each.is_floating_point())
     calls: list[Call] = []
-    places = problem.model.places.items()
-    known = {path: place.module for path, place in places if place.layer is not None}
+    known = {path: problem.model.places[path].module for path in judged}
     # A layer gets a copy, and a copy of what it gives goes on: the gradients of those kept are of
     # this call alone, and no later work in place changes them.
     watching = watched(known, calls, _copy, lambda kept: convert(kept, Tensor, _copy))
-    with borrowed(model, device, stored, state) as run, watching:
+    lending = lent(model, judged, state)
+    with borrowed(model, device, stored, state) as run, watching, lending as own:
         for module in model.modules():
             if getattr(module, "inplace", False):
                 vars(module)["inplace"] = False  # else the layer's own input would be gone
         given, named = convert((args, kwargs), Tensor, _copy)
         output = run(*given, **named)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if not torch.equal(parameter, before[name]):  # a forward that changes its weights
-                parameter.copy_(before[name])
-    return tensors[0], output, {name: state[name] for name in parameters}, calls
+    return tensors[0], output, own, calls
 
 
 def _copy(value: Any) -> Any:
@@ -97,8 +104,8 @@ def _gradients(
     candidate: Candidate, target: Tensor, problem: Problem
 ) -> Iterator[tuple[str, str, Array, tuple[Array, Array]]]:
     """Path, kind, value, and exact value and bound of each gradient."""
-    names = {id(parameter): name for name, parameter in problem.model.model.named_parameters()}
-    whole, output, parameters, calls = _run(candidate, problem)
+    judged = _judged(problem.model)
+    whole, output, parameters, calls = _run(candidate, problem, judged)
     classes, precision = _check(output, target), problem.precision
     target = target.to(output.device, torch.int64)
     steps = problem.model.steps
@@ -154,8 +161,7 @@ def _gradients(
                     value = to_numpy(own[0])
                 yield call.path, f"{call.kind} dL/dx", value, pair
                 continue
-            # A parametrized layer has no parameter of that name; a tied one has another's.
-            full = names.get(id(getattr(place.module, name)))
+            full = judged[call.path].get(name)
             if full is None:
                 continue
             path, symbol = call.path, f"{call.kind} {_SYMBOLS[name]}"

@@ -82,3 +82,41 @@ def watched(
             hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(partial(after, path)))
         yield
+
+
+@contextmanager
+def lent(
+    model: nn.Module, layers: Mapping[str, Mapping[str, str]], state: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Stand-ins for the parameters in `state` while their layers are called, with their hooks.
+
+    Their gradients are of these calls alone, wherever else the model uses the parameters.
+
+    Args:
+        model: the model, which runs with `state`.
+        layers: by the path of each layer, what the model calls the layer's parameters.
+        state: the model's parameters by their names.
+    """
+    own = {name: state[name].clone() for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        own[name].data = state[name].data  # the same numbers, also when a forward changes them
+        same = (own[name].dtype, own[name].device) == (parameter.dtype, parameter.device)
+        if same and parameter.requires_grad:
+            for hook in (parameter._backward_hooks or {}).values():
+                own[name].register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def put(path: str, back: bool, module: nn.Module, *_: Any) -> None:
+        now, then = (own, state) if back else (state, own)
+        parameters: dict[str, Any] = module._parameters
+        for key, name in layers[path].items():
+            if parameters.get(key) is now[name]:
+                parameters[key] = then[name]
+
+    with ExitStack() as hooks:
+        for path in layers:
+            module, back = model.get_submodule(path), partial(put, path, True)
+            hooks.enter_context(module.register_forward_pre_hook(partial(put, path, False)))
+            # First of all hooks, which may use the parameter as well, and also behind an error.
+            first = module.register_forward_hook(back, prepend=True, always_call=True)
+            hooks.enter_context(first)
+        yield own
