@@ -1,7 +1,7 @@
 """What two hostile testers found: models, outputs and references that are not the usual ones."""
 
 import dataclasses
-from collections import deque
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from torch.nn.utils import fusion, parametrize, rnn
 
 from torchnnfs import compare
 from torchnnfs.testing import Candidate
+from torchnnfs.testing.values import convert
 
 EAGER = ["eager"]
 
@@ -178,6 +179,81 @@ def test_forms_of_a_reference(linear, x, form):
 
 
 # Each number of an output is judged, in whatever it stands.
+
+
+@dataclasses.dataclass
+class ModelOutput(OrderedDict):
+    """A mapping and a dataclass in one, as the outputs of transformers are."""
+
+    logits: torch.Tensor | None = None
+    states: tuple | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                self[field.name] = value
+
+    def update(self, *args, **kwargs):
+        raise Exception("You cannot use ``update`` on a ModelOutput instance.")
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __reduce__(self):
+        make, _, *rest = super().__reduce__()
+        return make, tuple(getattr(self, each.name) for each in dataclasses.fields(self)), *rest
+
+
+class Named(dict):
+    """A dictionary of one's own."""
+
+    def __init__(self, title, **entries):
+        super().__init__(**entries)
+        self.title = title
+
+
+class Sealed(dict):
+    def __setitem__(self, key, value):
+        raise TypeError("it is sealed")
+
+
+MAPPINGS = {
+    "of transformers": lambda y: ModelOutput(y, (2 * y,)),
+    "defaultdict": lambda y: defaultdict(list, logits=y),
+    "OrderedDict": lambda y: OrderedDict(logits=y),
+    "Counter": lambda y: Counter(logits=y),
+    "UserDict": lambda y: UserDict(logits=y),
+    "one's own": lambda y: Named("mine", logits=y),
+    "sealed": lambda y: Sealed(logits=y),
+}
+
+
+@pytest.mark.parametrize("kind", MAPPINGS.values(), ids=MAPPINGS)
+def test_a_mapping_of_any_type_is_judged(linear, x, kind):
+    (w, b), last = arrays(linear), nn.Linear(4, 2)
+    (v, c) = arrays(last)
+
+    def reference(x):
+        return kind(x @ w.T + b)
+
+    inner = Model(lambda self, x: kind(self.linear(x)), linear=linear)
+    assert judged(inner, x, reference).ok
+    assert not judged(inner, x, lambda x: reference(x + 1e-4)).ok
+    model = Model(lambda self, x: self.last(self.inner(x)["logits"]), inner=inner, last=last)
+    assert judged(model, x, lambda x: (x @ w.T + b) @ v.T + c).ok
+
+
+def test_a_rebuilt_mapping_keeps_its_type():
+    for kind in MAPPINGS.values():
+        given = kind(torch.ones(2))
+        found = convert(given, torch.Tensor, lambda tensor: tensor + 1)
+        assert type(found) is (dict if isinstance(given, Sealed) else type(given))
+        assert found["logits"].tolist() == [2, 2]
+        assert given["logits"].tolist() == [1, 1]
+    assert convert(Named("mine", a=1), int, str).title == "mine"
+    assert convert(ModelOutput(torch.ones(2)), torch.Tensor, torch.sum).logits == 2
+    assert convert(defaultdict(list, a=1), int, str)["b"] == []
 
 
 def test_numbers_and_dataclasses_in_an_output_are_judged(linear, x):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -58,9 +59,11 @@ def convert(value: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         found = {key: convert(entry, kind, change) for key, entry in value.items()}
         if type(value) is not dict and isinstance(value, MutableMapping):
-            same = copy.copy(value)
-            same.update(found)
-            return same
+            with suppress(Exception):  # of somebody's own type: it may forbid anything
+                same = copy.copy(value)
+                for key, entry in found.items():
+                    same[key] = entry
+                return same
         return found
     if is_dataclass(value) and not isinstance(value, type):
         value = copy.copy(value)
