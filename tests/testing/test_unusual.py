@@ -178,6 +178,80 @@ def test_forms_of_a_reference(linear, x, form):
     assert judged(model if isinstance(y, tuple) else linear, x, y).ok
 
 
+def taken(self, x):
+    y = self.linear(x)
+    return self.form(y[:, :3], y[:, 3])
+
+
+SAME_FORMS = {
+    "numbers": lambda a, b: (float(a.mean()), float(b.mean())),
+    "a list of numbers": lambda a, b: [float(a.mean()), float(b.mean())],
+    "pairs": lambda a, b: ((a, b), (2 * a, 2 * b)),
+    "equal pairs": lambda a, b: ((b, 2 * b), (3 * b, 4 * b)),
+    "a list of mappings": lambda a, b: [{"boxes": a, "scores": b}],
+    "a dataclass": lambda a, b: Output(a),
+    "a dataclass of pairs": lambda a, b: Output((a, b)),
+    "a text": lambda a, b: {"y": a, "task": "classes"},
+    "None": lambda a, b: {"y": a, "loss": None},
+    "ragged": lambda a, b: [float(b.mean()), [a, b]],
+    "no rows": lambda a, b: a[a[:, 0] > 1e3],
+    "no rows beside rows": lambda a, b: (a[a[:, 0] > 1e3], b),
+}
+
+
+@pytest.mark.parametrize("form", SAME_FORMS.values(), ids=SAME_FORMS)
+def test_a_reference_may_give_what_the_model_gives(linear, x, form):
+    w, b = arrays(linear)
+
+    def reference(x, off=0.0):
+        y = x @ w.T + b + off
+        return form(y[:, :3], y[:, 3])
+
+    model = Model(taken, linear=linear, form=form)
+    found = judged(model, x, reference)
+    assert found.ok, found.verdict
+    if form is not SAME_FORMS["no rows"]:
+        assert not judged(model, x, lambda x: reference(x, 1e-4)).ok
+
+
+def test_an_array_of_two_rows_is_not_two_outputs(linear, x):
+    w, b = arrays(linear)
+    model = Model(lambda self, x: (self.linear(x), 2 * self.linear(x)), linear=linear)
+    found = judged(model, x[:2], lambda x: x @ w.T + b)
+    assert "2 arrays where the reference gives 1 array" in found.verdict
+
+
+def test_no_rows_are_not_some_rows(linear, x):
+    w, b = arrays(linear)
+    none = Model(lambda self, x: self.linear(x)[:0], linear=linear)
+    assert "shape (0, 4) where" in judged(none, x, lambda x: x @ w.T + b).verdict
+    assert "gives shape (0, 4)" in judged(linear, x, lambda x: (x @ w.T + b)[:0]).verdict
+
+
+ONE_ARRAY = {
+    "a list of rows": lambda y: y.tolist(),
+    "a tuple of rows": lambda y: tuple(y.tolist()),
+    "tuples of numbers": lambda y: tuple(map(tuple, y.tolist())),
+    "a list of arrays": list,
+    "a list of NumPy's numbers": lambda y: [list(row) for row in y],
+}
+
+
+@pytest.mark.parametrize("form", ONE_ARRAY.values(), ids=ONE_ARRAY)
+def test_a_list_of_numbers_is_one_array(linear, x, form):
+    w, b = arrays(linear)
+    assert judged(linear, x, lambda x: form(x @ w.T + b)).ok
+    found = judged(linear, x, lambda x: form((x @ w.T + b)[:, :3]))
+    assert "gives shape (12, 3)" in found.verdict
+    assert not judged(linear, x, lambda x: form(x @ w.T + b + 1e-4)).ok
+
+
+@pytest.mark.parametrize("result", ["three", {"": "three"}, (None,), ["a", "b"], {}])
+def test_a_reference_without_numbers_is_refused(linear, x, result):
+    with pytest.raises(TypeError, match="for the output, <lambda>, to give arrays of numbers, got"):
+        judged(linear, x, lambda x: result)
+
+
 # Each number of an output is judged, in whatever it stands.
 
 

@@ -156,8 +156,8 @@ def answer(found: Any, where: str) -> Answer:
     precisions, doubles = [PRECISIONS["float64"]], [np.zeros(0)]
 
     def array(value: Any) -> Any:
-        if value is None:
-            return None
+        if value is None or isinstance(value, str):
+            return value
         if isinstance(value, Tensor):
             real = value.real if value.is_complex() else value
             precisions.append(PRECISIONS.get(str(real.dtype)[6:], PRECISIONS["float64"]))
@@ -176,13 +176,28 @@ def answer(found: Any, where: str) -> Answer:
             )
         return converted
 
-    nested = isinstance(found, Mapping) or (
-        isinstance(found, list | tuple) and any(hasattr(each, "shape") for each in found)
-    )
-    output = convert(found, object, array) if nested else array(found)
+    output = convert(found, object, array, _is_array)
+    if not leaves(output):
+        raise NoAnswerError(
+            f"compare expects the reference {where} to give arrays of numbers, got {found!r:.100}"
+        )
     if _is_single(np.concatenate(doubles)):  # then they were computed in float32
         precisions.append(PRECISIONS["float32"])
     return Answer(output, max(precisions, key=lambda each: each.roundoff))
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a list that holds numbers alone, as NumPy's `tolist` gives for one array."""
+
+    def numbers(value: Any) -> bool:
+        if isinstance(value, list):
+            return all(map(numbers, value))
+        return isinstance(value, complex | float | int | np.generic)
+
+    try:
+        return isinstance(value, list) and numbers(value) and np.ndim(value) > 0
+    except ValueError:  # its rows are not of one length
+        return False
 
 
 def _is_single(values: Array) -> bool:

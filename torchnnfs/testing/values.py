@@ -54,10 +54,20 @@ def to_array(value: Any) -> Array:
     return to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
 
 
-def convert(value: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with `change` of each `kind` in its tuples, lists, dictionaries and dataclasses."""
+def convert(
+    value: Any,
+    kind: Any,
+    change: Callable[[Any], Any],
+    whole: Callable[[Any], bool] = lambda value: False,
+) -> Any:
+    """`value` with `change` of each `kind` in its tuples, lists, dictionaries and dataclasses.
+
+    What is `whole` is not looked into.
+    """
+    if whole(value):
+        return change(value)
     if isinstance(value, Mapping):
-        found = {key: convert(entry, kind, change) for key, entry in value.items()}
+        found = {key: convert(entry, kind, change, whole) for key, entry in value.items()}
         if type(value) is not dict and isinstance(value, MutableMapping):
             with suppress(Exception):  # of somebody's own type: it may forbid anything
                 same = copy.copy(value)
@@ -68,28 +78,34 @@ def convert(value: Any, kind: Any, change: Callable[[Any], Any]) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         value = copy.copy(value)
         for each in fields(value):
-            entry = convert(getattr(value, each.name), kind, change)
+            entry = convert(getattr(value, each.name), kind, change, whole)
             object.__setattr__(value, each.name, entry)  # also of a frozen one
         return value
     if isinstance(value, list | tuple):
-        listed = [convert(entry, kind, change) for entry in value]
+        listed = [convert(entry, kind, change, whole) for entry in value]
         if hasattr(value, "_make"):  # a named tuple
             return value._make(listed)
         return listed if isinstance(value, list) else tuple(listed)
     return change(value) if isinstance(value, kind) else value
 
 
+def inside(value: Any) -> Mapping[Any, Any] | None:
+    """What a tuple, list, dictionary or dataclass holds, by its places; None for anything else."""
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if is_dataclass(value) and not isinstance(value, type | Mapping):
+        return {each.name: getattr(value, each.name) for each in fields(value)}
+    return value if isinstance(value, Mapping) else None
+
+
 def entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """What is in tuples, lists, dictionaries and dataclasses, and where: ``[0]['h']``."""
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    elif is_dataclass(value) and not isinstance(value, type | Mapping):
-        value = {each.name: getattr(value, each.name) for each in fields(value)}
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from entries(entry, f"{name}[{key!r}]")
-    else:
+    held = inside(value)
+    if held is None:
         yield name, value
+        return
+    for key, entry in held.items():
+        yield from entries(entry, f"{name}[{key!r}]")
 
 
 def leaves(value: Any) -> dict[str, Any]:
