@@ -252,6 +252,28 @@ def test_a_reference_without_numbers_is_refused(linear, x, result):
         judged(linear, x, lambda x: result)
 
 
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_module_of_another_shape_gives_both_shapes(linear, x, pool):
+    model, reference, shapes = linear, nn.Linear(6, 5), ("(12, 4)", "(12, 5)")
+    if pool:
+        model, reference = nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2)
+        x, shapes = torch.randn(2, 3, 7, 7), ("(2, 3, 4, 4)", "(2, 3, 3, 3)")
+    for ours, theirs in ((nn.Sequential(model), nn.Sequential(reference)), (model, reference)):
+        found = judged(ours, x, theirs)
+        assert found.verdict.startswith("DISAGREES")
+        assert f"shape {shapes[0]} where" in found.verdict
+        assert f"gives shape {shapes[1]}" in found.verdict
+
+
+def test_a_layer_of_another_shape_than_its_type_says_is_found_beside_an_array(x):
+    class Fewer(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)[:, :3]
+
+    found = judged(nn.Sequential(layer := Fewer(6, 4)), x, layer(x).detach().numpy())
+    assert "shape (12, 3) where NumPy gives shape (12, 4)" in found.verdict
+
+
 # Each number of an output is judged, in whatever it stands.
 
 
@@ -579,6 +601,44 @@ def test_a_loop_that_rounding_keeps_going_comes_to_an_end():
     x = torch.randn(8, 16)
     found = judged(Model(fixed_point, linear=nn.Linear(16, 16)), x, candidates=EAGER)
     assert any("comes to no end" in note for note in found.notes)
+
+
+# Functions of torch.func over layers that are known.
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_derivative_of_a_known_layer_is_judged(linear, x, times, batched):
+    def forward(self, x):
+        derived = lambda z: self.linear(z).tanh()  # noqa: E731
+        for _ in range(times):
+            derived = torch.func.jacrev(derived)
+        return torch.func.vmap(derived)(x) if batched else derived(x[0])
+
+    w, b = arrays(linear)
+
+    def reference(x):
+        y = np.tanh(x @ w.T + b)
+        slope, rest = 1 - y * y, -2 * y * (1 - y * y)
+        made = slope[..., None] * w
+        if times == 2:
+            made = rest[..., None, None] * w[:, :, None] * w[:, None, :]
+        return made if batched else made[0]
+
+    model = Model(forward, linear=linear)
+    found = judged(model, x, reference)
+    assert found.ok, found.verdict
+    assert not judged(model, x, lambda x: reference(x) * 1.001).ok
+
+
+def test_a_gradient_of_a_known_layer_is_judged(linear, x):
+    def forward(self, x):
+        return torch.func.grad(lambda z: self.linear(z).tanh().sum())(x)
+
+    w, b = arrays(linear)
+    model = Model(forward, linear=linear)
+    assert judged(model, x, lambda x: (1 - np.tanh(x @ w.T + b) ** 2) @ w).ok
+    assert not judged(model, x, lambda x: (1 - np.tanh(x @ w.T + b)) @ w).ok
 
 
 # Gradients.

@@ -141,7 +141,8 @@ def arguments_of(module: nn.Module) -> dict[str, Any]:
     found = {}
     for name, parameter in list(parameters_of(layer.forward).items())[1:]:
         if hasattr(module, name):
-            found[name] = convert(getattr(module, name), Tensor, to_numpy)
+            with torch._C._DisableFuncTorch():  # under torch.func an operation wraps its result
+                found[name] = convert(getattr(module, name), Tensor, to_numpy)
         elif parameter.default is parameter.empty:
             raise RefusedError(
                 f"compare expects {kind} to have an attribute {name!r}, as its registered formula "

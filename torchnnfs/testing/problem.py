@@ -131,6 +131,8 @@ class Problem:
         chain, whole = self.model.end(precision), self.model.inside("", precision)
         if chain is None or whole is None or list(chain.bounds) != list(whole.bounds):
             return chain or whole
+        if _shapes(chain) != _shapes(whole):  # a layer does not compute what its type says
+            return chain
         bounds = {name: np.minimum(chain.bounds[name], whole.bounds[name]) for name in chain.bounds}
         return replace(whole, bounds=bounds)
 
@@ -209,7 +211,8 @@ def _allowing(
     if expected is not None:
         answer = replace(answer, output=_fitted(answer.output, expected))
     values = leaves(answer.output)
-    if expected is None or own is None or list(values) != list(expected.bounds):
+    named = expected is not None and list(values) == list(expected.bounds)
+    if expected is None or own is None or not named or _shapes(expected) != _shapes(own):
         # Nothing is known but the numbers' size.
         coarse = max(precision, answer.precision, key=lambda each: each.roundoff)
         bounds = {name: nominal(value, coarse) for name, value in values.items()}
@@ -218,6 +221,10 @@ def _allowing(
     basis = ROUNDING if expected.basis == ROUNDING else ESTIMATED
     bounds = dict(zip(values, both, strict=True))
     return Expected(answer.output, bounds, basis, "the reference")
+
+
+def _shapes(expected: Expected) -> list[tuple[int, ...]]:
+    return [bound.shape for bound in expected.bounds.values()]
 
 
 def nominal(value: Array, precision: Precision) -> Array:
