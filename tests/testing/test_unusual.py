@@ -12,7 +12,7 @@ from torch.nn.utils import fusion, parametrize, rnn
 
 from torchnnfs import compare
 from torchnnfs.testing import Candidate
-from torchnnfs.testing.values import convert
+from torchnnfs.testing.values import convert, pieces
 
 EAGER = ["eager"]
 
@@ -601,6 +601,68 @@ def test_a_loop_that_rounding_keeps_going_comes_to_an_end():
     x = torch.randn(8, 16)
     found = judged(Model(fixed_point, linear=nn.Linear(16, 16)), x, candidates=EAGER)
     assert any("comes to no end" in note for note in found.notes)
+
+
+def sparse_kinds():
+    torch.manual_seed(0)
+    dense = (torch.rand(12, 12) < 0.3) * torch.rand(12, 12)
+    places, numbers = [[0, 0, 5], [1, 1, 7]], [0.3, 0.4, 0.6]
+    twice = torch.sparse_coo_tensor(places, numbers, (12, 12), check_invariants=True)
+    return {"coo": dense.to_sparse(), "csr": dense.to_sparse_csr(), "uncoalesced": twice}
+
+
+@pytest.mark.parametrize("holds", ["buffer", "attribute", "parameter"])
+@pytest.mark.parametrize("kind", ["coo", "csr", "uncoalesced"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_numbers_of_a_model_are_judged(linear, x, kind, holds, tmp_path):
+    adjacency = sparse_kinds()[kind]
+    (w, b), a = arrays(linear), adjacency.to_dense().double().numpy()
+    model = Model(lambda self, x: torch.sparse.mm(self.adjacency, self.linear(x)), linear=linear)
+    if holds == "buffer":
+        model.register_buffer("adjacency", adjacency)
+    else:
+        model.adjacency = nn.Parameter(adjacency) if holds == "parameter" else adjacency
+    found = compare(model, x)
+    assert found.ok, found.verdict
+    found = judged(model, x, lambda x: a @ (x @ w.T + b))
+    assert found.ok, found.verdict
+    assert found.unjudged == ()
+    assert "the model" in [row.candidate for row in found.rows]
+    assert not judged(model, x, lambda x: a @ (x @ w.T + b) + 1e-4).ok
+    found.save_golden(tmp_path / "golden.npz")
+    assert judged(model, x, golden_file=tmp_path / "golden.npz").ok
+    if holds != "attribute":
+        *places, numbers = pieces(model.adjacency)
+        for changed in [numbers, *places[: kind != "csr"]]:  # whose places depend on one another
+            changed[(-1, 0)[-changed.ndim :]] += 1
+            with pytest.raises(ValueError, match=r"was made from another .*parameter adjacency"):
+                judged(model, x, golden_file=tmp_path / "golden.npz")
+            changed[(-1, 0)[-changed.ndim :]] -= 1
+
+
+def test_sparse_parameters_are_compared_and_finite(linear, x):
+    def model(number):
+        made = Model(lambda self, x: torch.sparse.mm(self.a, self.linear(x)), linear=linear)
+        made.a = nn.Parameter(torch.diag(torch.full((12,), number)).to_sparse())
+        return made
+
+    assert judged(model(0.3), x, model(0.3)).ok
+    assert not judged(model(0.3), x, model(0.3001)).ok
+    with pytest.raises(ValueError, match=r"got nan in model parameter 'a' .*12 of 12 are not"):
+        judged(model(np.nan), x)
+
+
+@pytest.mark.parametrize("kind", ["sparse_coo", "sparse_csr", "jagged"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_an_input_that_is_not_dense_is_refused_in_a_line(linear, x, kind):
+    tensor = {
+        "sparse_coo": x.relu().to_sparse(),
+        "sparse_csr": x.relu().to_sparse_csr(),
+        "jagged": torch.nested.nested_tensor([x[:2], x[:3]], layout=torch.jagged),
+    }[kind]
+    words = rf"expects a dense input, got one in torch.{kind} as input\[1\]; .* as a buffer"
+    with pytest.raises(TypeError, match=words):
+        judged(Model(lambda self, x, a: self.linear(x), linear=linear), (x, tensor))
 
 
 # Functions of torch.func over layers that are known.

@@ -45,6 +45,7 @@ from torchnnfs.testing.values import (
     convert,
     leaves,
     parts,
+    pieces,
     split,
     to_array,
     to_numpy,
@@ -213,14 +214,15 @@ class Exact:
             state = cast(stored, "cpu", torch.float64)
 
             def nudge(stored: Tensor) -> None:
-                if stored.is_floating_point() or stored.is_complex():
-                    value = to_numpy(stored)
+                *_, numbers = pieces(stored)
+                if numbers.is_floating_point() or numbers.is_complex():
+                    value = to_numpy(numbers)
                     pairs = parts(value)
                     moved = off(pairs, parameters * np.abs(pairs))
                     if not isinstance(stored, nn.Parameter):  # a mask of ones is one
                         moved = np.where(pairs == np.rint(pairs), pairs, moved)
                     moved = moved.view(value.dtype).reshape(value.shape)
-                    stored.detach().copy_(torch.from_numpy(moved))
+                    numbers.copy_(torch.from_numpy(moved))
 
             for each in state.values() if parameters else ():
                 nudge(each)

@@ -17,7 +17,7 @@ from torchnnfs.testing.candidates import DTYPES
 from torchnnfs.testing.models import walk
 from torchnnfs.testing.precision import Array
 from torchnnfs.testing.traces import Call, Trace
-from torchnnfs.testing.values import leaves, to_numpy
+from torchnnfs.testing.values import leaves, pieces, to_numpy
 
 VERSION = 3
 #: The most that a file may unpack to: this many bytes, or times the size of input and parameters.
@@ -30,7 +30,12 @@ def setting(model: nn.Module, input: Any) -> dict[str, Array]:
     state = model.state_dict().items()
     found |= {f"parameter {path}": each for path, each in state if isinstance(each, torch.Tensor)}
     layers = {place.path: place.kind for place in walk(model)}
-    return {"network": _text(layers), **{key: to_numpy(each) for key, each in found.items()}}
+    arrays = {"network": _text(layers)}
+    for key, tensor in found.items():
+        *places, numbers = pieces(tensor)
+        arrays[key] = to_numpy(numbers)
+        arrays |= {f"places {i} of {key}": to_numpy(each) for i, each in enumerate(places)}
+    return arrays
 
 
 def content(here: dict[str, Array], traces: Iterable[Trace], environment: dict[str, str]) -> bytes:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchnnfs.testing.values import leaves
+from torchnnfs.testing.values import leaves, pieces
 
 
 def check_model(role: str, model: Any) -> None:
@@ -42,6 +42,13 @@ def check_input(input: Any) -> None:
             "torch.as_tensor(...) first"
         )
     for name, tensor in tensors.items():
+        if tensor.is_nested or tensor.layout != torch.strided:
+            layout = tensor.layout if tensor.layout != torch.strided else "a nested layout"
+            raise TypeError(
+                f"compare expects a dense input, got one in {layout} as input{name}; call "
+                ".to_dense() (a nested one: torch.nested.to_padded_tensor), or let the model hold "
+                "a sparse one as a buffer"
+            )
         got = f"got {tensor.dtype} in input{name}, of shape {tuple(tensor.shape)}"
         if tensor.is_meta:
             raise ValueError(f"compare expects an input with values, {got}, on the meta device")
@@ -56,13 +63,14 @@ def check_finite(model: nn.Module, role: str, input: Any, dtype: torch.dtype) ->
     parts = [(f"input{name}", tensor) for name, tensor in leaves(input).items()]
     parts += [(f"{role} parameter {name!r}", value) for name, value in model.named_parameters()]
     for name, tensor in parts:
-        stored = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+        *_, numbers = pieces(tensor)
+        stored = numbers.to(dtype) if numbers.is_floating_point() else numbers
         broken = (~torch.isfinite(stored)).nonzero()
         if len(broken):
             index = tuple(broken[0].tolist())
             raise ValueError(
                 f"compare expects finite numbers, got {stored[index].item()} in {name} at {index} "
-                f"in {str(dtype)[6:]} ({len(broken)} of {tensor.numel()} are not finite)"
+                f"in {str(dtype)[6:]} ({len(broken)} of {numbers.numel()} are not finite)"
             )
 
 

@@ -16,7 +16,16 @@ from torchnnfs.testing.models import Place, own_dtype
 from torchnnfs.testing.precision import PRECISIONS, Array, Precision
 from torchnnfs.testing.reference import Answer, Reference
 from torchnnfs.testing.traces import Call
-from torchnnfs.testing.values import convert, inside, leaves, parts, rows_in, split, to_numpy
+from torchnnfs.testing.values import (
+    convert,
+    inside,
+    leaves,
+    parts,
+    pieces,
+    rows_in,
+    split,
+    to_numpy,
+)
 
 _DOUBLE = PRECISIONS["float64"]
 
@@ -110,11 +119,15 @@ class Problem:
 
     def _same_parameters(self, module: nn.Module) -> bool:
         ours, theirs = (
-            dict([*each.named_parameters(), *each.named_buffers()])
-            for each in (self.model.model, module)
+            {
+                (name, i): to_numpy(piece)
+                for name, each in (*model.named_parameters(), *model.named_buffers())
+                for i, piece in enumerate(pieces(each))
+            }
+            for model in (self.model.model, module)
         )
         return ours.keys() == theirs.keys() and all(
-            np.array_equal(to_numpy(ours[name]), to_numpy(theirs[name])) for name in ours
+            np.array_equal(ours[name], theirs[name]) for name in ours
         )
 
     @cached_property

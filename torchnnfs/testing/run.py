@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, reduce
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from torchnnfs.testing.problem import Problem, nominal
 from torchnnfs.testing.processes import stopped
 from torchnnfs.testing.reference import Reference
 from torchnnfs.testing.traces import Trace
-from torchnnfs.testing.values import convert, leaves, rows_in, to_numpy, unread
+from torchnnfs.testing.values import convert, leaves, pieces, rows_in, to_numpy, unread
 
 #: Rows of the input and the output that are kept of many batches, to be shown.
 _SHOWN = 30_000
@@ -286,8 +287,8 @@ def _part(values: Any, rows: slice) -> Any:
 
 def _digest(value: Any, before: int) -> int:
     """A number that tells tensors with other bits apart."""
-    for tensor in leaves(value).values():
-        flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+    for tensor in chain.from_iterable(map(pieces, leaves(value).values())):
+        flat = tensor.cpu().reshape(-1).view(torch.uint8)
         before = zlib.crc32(flat.numpy().data, before)
     return before
 

@@ -29,6 +29,18 @@ def to_numpy(tensor: Tensor) -> Array:
     return array
 
 
+def pieces(tensor: Tensor) -> list[Tensor]:
+    """The tensor itself; of a sparse one those of its places, and at last that of its numbers."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
 def kept_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """What `dtype` makes of a tensor: whole numbers stay, complex ones take a type of its width."""
     if dtype is None:
