@@ -526,3 +526,20 @@ def test_a_shape_is_no_matter_of_rounding():
     model, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(20, 3)
     found = compare(model, x, reference=lambda x: x[1:, :2], candidates=["eager"], controls=False)
     assert found.verdict.endswith("shape (20, 2) where the reference gives shape (19, 2).")
+
+
+def test_several_recorded_arrays_are_cut_into_batches():
+    class Two(Own):
+        def forward(self, x):
+            return self.first(x), self.first(x)[:, 0]
+
+    model, x = Two(), torch.randn(20, 3)
+    w, b = (each.detach().double().numpy() for each in model.first.parameters())
+    y = x.double().numpy() @ w.T + b
+    batches = list(x.split(7))
+    assert compare(model, batches, reference=(y, y[:, 0]), controls=False).ok
+    off = y[:, 0] + 1e-4 * (np.arange(20) == 19)
+    found = compare(model, batches, reference=(y, off), controls=False).first_divergence
+    assert (found.layer, found.worst.index) == ("(output)[1]", (19,))
+    with pytest.raises(ValueError, match=r"the array for the output\[1\] to have a row for each"):
+        compare(model, batches, reference=(y, y[:9, 0]), controls=False)

@@ -64,9 +64,13 @@ class Run:
         dtypes = {name: each.dtype for name, each in leaves(input).items()}
         rows, reference = slice(self.rows, self.rows + rows_in(input)), self.reference
         if not self.one:
-            recorded = reference.recorded.items()
-            parts = {at: replace(each, output=_part(each.output, rows)) for at, each in recorded}
-            reference = replace(reference, recorded=parts)
+            recorded = {
+                path: replace(
+                    each, output=convert(each.output, np.ndarray, lambda a: _part(a, rows))
+                )
+                for path, each in reference.recorded.items()
+            }
+            reference = replace(reference, recorded=recorded)
         problems = _problems(self.model, input, reference, self.rows)
         if not self.batches:
             self.input, self.first, self.dtypes = input, problems, dtypes
@@ -190,8 +194,9 @@ class Run:
     def _check_lengths(self) -> None:
         """Arrays for all batches together have as many rows as these."""
         named = {
-            f"the array {f'at {path!r}' if path else 'for the output'}": each.output
+            f"the array {f'at {path!r}' if path else 'for the output'}{name}": array
             for path, each in self.reference.recorded.items()
+            for name, array in leaves(each.output).items()
         }
         if self.backward and self.target is not None:
             named["the target"] = self.target
