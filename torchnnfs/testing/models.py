@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeGuard
 
@@ -320,52 +321,55 @@ def _failure(model: nn.Module, error: Exception, given: Any) -> str:
 def _keep(module: nn.Module) -> Callable[[], None]:
     """What restores the module's attributes after a forward that changes them.
 
-    Also what is in their containers, in tensors there, and in objects that are no modules.
+    Also what is in their containers, in tensors there, and in objects that are no modules, such as
+    a cache with layers; not further, where a whole program may hang on an object.
     """
     attributes = dict(vars(module))
-    contents: dict[int, tuple[Any, Any]] = {}
+    # The module's own tensors are not those that compute.
+    own = [*attributes.values(), *module._parameters.values(), *module._buffers.values()]
+    undo: dict[int, Any] = {id(each): None for each in own if isinstance(each, Tensor)}
 
-    def keep(value: Any, direct: bool = False) -> None:
-        own = getattr(value, "__dict__", None)
-        if id(value) in contents or isinstance(value, nn.Module | type | ModuleType):
+    def keep(value: Any, objects: int = 2) -> None:
+        if id(value) in undo or isinstance(value, nn.Module | type | ModuleType):
             return
+        inner = vars(value) if hasattr(value, "__dict__") and not callable(value) else ()
         if isinstance(value, Tensor):
-            if not direct:  # the module's own tensors are not those that compute
-                contents[id(value)] = value, value.detach().clone()
+            if value.layout == torch.strided and not value.is_meta:
+                undo[id(value)] = partial(_rewrite, value, value.detach().clone())
         elif isinstance(value, torch.Generator):
-            contents[id(value)] = value, value.get_state()
-        elif isinstance(value, dict | list | set | deque | np.ndarray):
-            contents[id(value)] = value, copy.copy(value)
-            entries = value.values() if isinstance(value, dict) else value
-            for each in () if isinstance(value, np.ndarray) else entries:
-                keep(each)
+            undo[id(value)] = partial(value.set_state, value.get_state())
+        elif isinstance(value, np.ndarray):
+            undo[id(value)] = partial(np.copyto, value, value.copy())
+        elif isinstance(value, dict | list | set | deque):
+            undo[id(value)] = partial(_refill, value, copy.copy(value))
+            for each in value.values() if isinstance(value, dict) else value:
+                keep(each, objects)
         elif isinstance(value, tuple):
             for each in value:
-                keep(each)
-        elif isinstance(own, dict) and not callable(value):
-            keep(own)
+                keep(each, objects)
+        elif inner and objects:
+            keep(inner, objects - 1)
 
     for each in attributes.values():
-        keep(each, direct=True)
+        keep(each)
 
     def restore() -> None:
         vars(module).clear()
         vars(module).update(attributes)
-        for value, content in contents.values():
-            if isinstance(value, np.ndarray):
-                value[...] = content
-                continue
-            if isinstance(value, torch.Generator):
-                value.set_state(content)
-                continue
-            if isinstance(value, Tensor):
-                if not torch.equal(value, content):
-                    value.detach().copy_(content)
-                continue
-            value.clear()
-            value.extend(content) if isinstance(value, list | deque) else value.update(content)
+        for each in filter(None, undo.values()):
+            each()
 
     return restore
+
+
+def _rewrite(tensor: Tensor, numbers: Tensor) -> None:
+    if not torch.equal(tensor, numbers):  # autograd is told of each write
+        tensor.detach().copy_(numbers)
+
+
+def _refill(container: Any, entries: Any) -> None:
+    container.clear()
+    container.extend(entries) if isinstance(container, list | deque) else container.update(entries)
 
 
 def copied(model: nn.Module) -> nn.Module:
