@@ -170,6 +170,7 @@ CONSTANTS = {
     "dict": Model(lambda model, x: x + model.waves[len(x)], waves={12: WAVES}),
     "tuple": Model(lambda model, x: x + model.waves[0], waves=(WAVES, WAVES)),
     "global": Model(lambda model, x: x + WAVES),
+    "matrix": Model(lambda model, x: model.eye[0] @ x + WAVES, eye=[torch.eye(12)]),
 }
 
 

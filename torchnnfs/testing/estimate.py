@@ -75,7 +75,7 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The tensor with relative errors of `_TIMES` that size, root mean square."""
         if tensor.is_complex():
             return _of_parts(tensor, lambda part: self.moved(part, size))
-        if not tensor.is_floating_point():
+        if not size or not tensor.is_floating_point():
             return tensor
         drawn = torch.rand(tensor.shape, generator=self.random, dtype=tensor.dtype)
         return self.kept(tensor, tensor * (1 + size * _WIDEST * (2 * drawn - 1)))
@@ -92,10 +92,9 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return torch.where(exact, tensor, moved)
 
     def unrounded(self, tensor: Tensor) -> Tensor:
-        """A constant of the code, which it has rounded, as it may have been before."""
-        if tensor.dtype in (torch.float64, torch.complex128):
-            return tensor
-        return self.moved(_doubled(tensor), self.constants)
+        """A constant of the code in float64, off by what `constants` says."""
+        double = _doubled(tensor)
+        return double if double is tensor else self.moved(double, self.constants)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -109,13 +108,14 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         schema, name = func._schema, func.overloadpacket.__name__.rstrip("_")
         writes = any(each.alias_info and each.alias_info.is_write for each in schema.arguments)
         takes = {each.name for each in schema.arguments}
-        if name in _DRAWN or "generator" in takes:  # the numbers that the dtype draws
+        if name in _DRAWN or ("generator" in takes and "training" not in takes):
+            # The numbers that the dtype draws; what takes both draws none in eval mode.
             if name in _DRAWN and "dtype" in takes:
                 kwargs["dtype"] = self.dtype
             narrow = convert(args, Tensor, lambda tensor: tensor.to(kept_dtype(tensor, self.dtype)))
             drawn = convert(func(*narrow, **kwargs), Tensor, _doubled)
             return args[0].copy_(drawn) if writes else drawn
-        if self.constants and not writes:
+        if not writes:
             args = convert(args, Tensor, self.unrounded)
         shares = any(each.alias_info and not each.alias_info.is_write for each in schema.returns)
         if self.exact or name in _EXACT or shares:
