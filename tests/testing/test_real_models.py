@@ -318,3 +318,28 @@ def test_attention_as_one_operation_is_computed_in_float64(wrong):
     found = judged(Model(attend), drawn(2, 9, 8), reference=trusted)
     assert found.ok is not wrong
     assert found.rows[-1].bound_ratio > 1e3 or not wrong
+
+
+def test_a_reference_that_can_tell_nothing_is_said_to():
+    """A network that makes chaos of rounding errors."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(40))
+    for layer in layers:
+        nn.init.normal_(layer.weight)
+
+    def chaos(model, x):
+        for layer in model.layers:
+            x = torch.sin(3 * layer(x))
+        return x
+
+    def trusted(x):
+        for layer in layers:
+            weight, bias = (each.detach().double().numpy() for each in layer.parameters())
+            x = np.sin(3 * (x @ weight.T + bias))
+        return x
+
+    found = judged(Model(chaos, layers=layers), drawn(5, 16), reference=trusted)
+    assert found.ok
+    assert found.unjudged == ("the output, which rounding may change by more than its size",)
+    assert found.verdict.startswith("AGREES AS FAR AS JUDGED")
+    assert found.verdict.endswith("by more than its size: a wrong formula there is not noticed.")

@@ -164,8 +164,8 @@ def find(trace: Trace, problem: Problem) -> list[Finding]:
             end = problem.model.places[steps[-1]]
             here = Finding(end.path, end.label, "", end.kind)
         if reference.judges_output:
-            allowed = _most(problem.output) if judged_here else 0.0
-            here = replace(here, far=_far(trace, problem), allowed=allowed)
+            here = replace(here, far=_far(trace, problem))
+            here = _allowing(here, problem.output) if judged_here else here
         found += _measured(trace, here, trace.output, None, problem.output, problem)
     return found
 
@@ -177,7 +177,7 @@ def find_formula(problem: Problem) -> tuple[Trace, list[Finding]] | None:
     if problem.formula is None or exact is None:
         return None
     trace = Trace(MODEL, "cpu", "float64", (), exact.output)
-    here = replace(_output(problem), remark=_where(problem), allowed=_most(problem.formula))
+    here = replace(_allowing(_output(problem), problem.formula), remark=_where(problem))
     return trace, [*_measured(trace, here, exact.output, None, problem.formula, problem)]
 
 
@@ -196,8 +196,18 @@ def _output(problem: Problem) -> Finding:
     return Finding("", "(output)", "", type(problem.model.model).__name__)
 
 
-def _most(expected: Expected) -> float:
-    return max((float(np.max(each, initial=0.0)) for each in expected.bounds.values()), default=0.0)
+def _allowing(found: Finding, expected: Expected) -> Finding:
+    """With what the bounds beside a reference let through, and whether that is nearly all."""
+    pairs = zip(expected.bounds.values(), expected.values.values(), strict=True)
+    blind = any(
+        np.median(bound) >= np.max(np.abs(exact), where=np.isfinite(exact), initial=0.0) > 0
+        for bound, exact in pairs
+        if bound.size
+    )
+    allowed = max(
+        (float(np.max(each, initial=0.0)) for each in expected.bounds.values()), default=0.0
+    )
+    return replace(found, allowed=allowed, blind=blind)
 
 
 def rows_of(trace: Trace, findings: Iterable[Finding], problem: Problem) -> list[Row]:

@@ -66,6 +66,7 @@ class Finding:
     follows: bool = True  # whether it got what the place before gave
     far: tuple[float, float] | None = None  # of candidate and reference from the float64 model
     allowed: float = 0.0  # the largest bound beside a reference for the output
+    blind: bool = False  # whether half of these bounds are as large as the largest number
     remark: str = ""  # what to add where it differs
     twice: bool = False  # whether it is about a second run
 
@@ -87,6 +88,7 @@ class Finding:
             follows=self.follows and other.follows,
             far=far,
             allowed=max(self.allowed, other.allowed),
+            blind=self.blind or other.blind,
         )
 
 

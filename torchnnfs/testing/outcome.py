@@ -6,6 +6,9 @@ from torchnnfs.testing.controls import Control
 from torchnnfs.testing.judge import DIFFERS, Row
 from torchnnfs.testing.precision import Array
 
+#: What is not judged where the bounds are as large as the numbers.
+BLIND = "the output, which rounding may change by more than its size"
+
 
 @dataclass(frozen=True, eq=False)
 class Outcome:

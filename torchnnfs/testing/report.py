@@ -11,7 +11,7 @@ from rich.text import Text
 
 from torchnnfs.testing.estimate import ROUNDING
 from torchnnfs.testing.judge import EXCESS_LIMIT, MODEL, Row
-from torchnnfs.testing.outcome import Outcome, plain
+from torchnnfs.testing.outcome import BLIND, Outcome, plain
 
 #: What the columns of the table mean.
 LEGEND = (
@@ -63,8 +63,8 @@ def verdict(outcome: Outcome) -> str:
         f"{row.bound_ratio:.2f} of its bound ({_where(row)})."
     )
     if outcome.unjudged:
-        gradients = all(each.startswith("the gradient") for each in outcome.unjudged)
-        hint = "" if gradients else " Give a reference for the output."
+        no_help = all(each.startswith("the gradient") or each == BLIND for each in outcome.unjudged)
+        hint = "" if no_help else " Give a reference for the output."
         return plain(
             f"AGREES AS FAR AS JUDGED: what was judged {within} {unjudged(outcome)}: a wrong "
             f"formula there is not noticed.{hint}"

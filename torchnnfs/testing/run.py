@@ -26,7 +26,7 @@ from torchnnfs.testing.judge import Row, find, find_formula, rows_of
 from torchnnfs.testing.measure import measure
 from torchnnfs.testing.merge import Finding, Sample, Seen, join
 from torchnnfs.testing.models import own_dtype
-from torchnnfs.testing.outcome import Outcome
+from torchnnfs.testing.outcome import BLIND, Outcome
 from torchnnfs.testing.precision import PRECISIONS, Array
 from torchnnfs.testing.problem import Problem, nominal
 from torchnnfs.testing.processes import stopped
@@ -177,13 +177,14 @@ class Run:
         shown = self.whole[0].shown
         assert shown is not None
         input, output = shown.arrays
+        blind = any(each.blind for seen in self.whole.values() for each in seen.findings.values())
         unjudged = problem.unjudged + (problem.unjudged_gradients if self.backward else ())
         named = [
             each for seen in self.whole.values() for word, each in seen.counts if word == "unread"
         ]
         return Outcome(
             rows=tuple(rows),
-            unjudged=(*unjudged, *dict.fromkeys(named)),
+            unjudged=(*unjudged, *dict.fromkeys(named), *[BLIND] * blind),
             controls=tried,
             environment=environment,
             notes=tuple(notes),
