@@ -434,3 +434,19 @@ def test_a_backward_pass_sees_where_its_input_is_now(model, batch, size):
     else:
         with pytest.raises(RuntimeError, match="data is not allocated"):
             output.sum().backward()
+
+
+def test_the_reasons_say_how_wide_and_how_many():
+    wide = fuse(classifier(784, 10, 10))
+    assert wide.formulation == "eager, since a layer is 784 wide, the kernel at most 256"
+    heavy = fuse(classifier(2, 256, 256, 3))
+    with torch.no_grad():
+        heavy(torch.ones(3, 2))
+        words = "eager, since with so many weights fewer than 64 samples cost more"
+        assert heavy.formulation == words
+        heavy(torch.ones(64, 2))
+    assert heavy.formulation == "kernel"
+    half = fuse(nn.Sequential(nn.Linear(2, 3, dtype=torch.complex64)))
+    assert half.formulation == (
+        "eager, since the kernel is for float64, float32, bfloat16, float16, not torch.complex64"
+    )
