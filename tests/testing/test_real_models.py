@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 
 import numpy as np
 import pytest
@@ -343,3 +344,73 @@ def test_a_reference_that_can_tell_nothing_is_said_to():
     assert found.unjudged == ("the output, which rounding may change by more than its size",)
     assert found.verdict.startswith("AGREES AS FAR AS JUDGED")
     assert found.verdict.endswith("by more than its size: a wrong formula there is not noticed.")
+
+
+SCALARS = {
+    "floor of a quotient": lambda x: torch.floor(x / 0.3),
+    "an index": lambda x: (x / 0.3).long(),
+    "a rest": lambda x: torch.sin(x % (2 * math.pi)),
+    "a sum that grows on the way": lambda x: (x * 40_000 - 4e6).sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_numbers_in_the_code_round_beside_whole_numbers(name):
+    x = torch.arange(200.0).repeat(3, 1)
+    found = judged(Model(lambda model, x: SCALARS[name](x)), x)
+    assert found.ok, found.verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_constants_of_half_types_round_to_whole_numbers(dtype):
+    table = np.cos(np.outer(np.arange(64.0), 10.0 ** -np.arange(4)))
+    model = Model(lambda model, x: x * model.table + model.last(x))
+    model.register_buffer("table", torch.from_numpy(table))
+    model.last = nn.Linear(4, 4)
+    trusted = copy.deepcopy(model).double()
+    x = drawn(64, 4).to(dtype)
+    assert judged(model.to(dtype), x, reference=trusted).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_default_eps_of_half_types_is_that_of_float32(dtype):
+    model = Model(lambda model, x: model.norm(1e-3 * x), norm=nn.RMSNorm(8)).to(dtype)
+    found = judged(model, drawn(20, 8).to(dtype))
+    assert found.ok, found.verdict
+
+
+class Frozen(dict):
+    def refuse(self, *_, **__):
+        raise TypeError("it is frozen")
+
+    clear = update = __setitem__ = refuse
+
+
+class Held:
+    def __init__(self):
+        self.array = np.broadcast_to(np.float32(1), (3,))
+
+
+def test_what_forbids_to_be_written_is_left_alone():
+    model = Model(lambda model, x: model.config["times"] * x, config=Frozen(times=2.0), held=Held())
+    model.lists = [torch.tensor(math.nan).expand(3)]
+    assert judged(model, drawn(12, 6)).ok
+    assert model.config == {"times": 2.0}
+
+
+def test_a_tensor_that_a_forward_resizes_is_as_it_was():
+    def grow(model, x):
+        model.kept["k"].resize_(7, 3).zero_()
+        return 2 * x
+
+    model = Model(grow, kept={"k": torch.ones(4, 3)})
+    assert judged(model, drawn(12, 6)).ok
+    assert torch.equal(model.kept["k"], torch.ones(4, 3))
+
+
+def test_a_large_dictionary_takes_no_time():
+    words = {str(number): number for number in range(300_000)}
+    model, x = Model(lambda model, x: 2 * x, words=words), drawn(12, 6)
+    start = time.process_time()
+    judged(model, x)
+    assert time.process_time() - start < 3

@@ -67,8 +67,7 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.precision, self.dtype, self.constants = precision, dtype, constants
         self.exact = seed is None or constants > 0
         self.count, self.most = 0, most  # of operations
-        # Whether whole numbers stay: of constants, and where the operation computes them exactly.
-        self.whole = self.exact
+        self.whole = False  # whether the operation at work computes whole numbers exactly
         self.random = torch.Generator().manual_seed(seed or 0)
 
     def moved(self, tensor: Tensor, size: float) -> Tensor:
@@ -94,7 +93,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def unrounded(self, tensor: Tensor) -> Tensor:
         """A constant of the code in float64, off by what `constants` says."""
         double = _doubled(tensor)
-        return double if double is tensor else self.moved(double, self.constants)
+        own = double is tensor or counts(double, self.constants)
+        return double if own else self.moved(double, self.constants)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -122,7 +122,9 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if forward_ad._current_level >= 0:  # torch 2.13 ends the process where numbers are moved
             raise RuntimeError("forward-mode differentiation has no bound")
-        self.whole = torch.Tag.pointwise in func.tags or name in _WHOLE
+        self.whole = (torch.Tag.pointwise in func.tags or name in _WHOLE) and _exactly(
+            args, kwargs, name in _ADDED, self.precision
+        )
         if not writes:
             args = convert(args, Tensor, lambda tensor: self.moved(tensor, self.precision.unit))
         result = func(*args, **kwargs)
@@ -151,6 +153,27 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return torch.where(tensor.abs() > p.largest, tensor * np.inf, rounded)
 
 
+def counts(tensor: Tensor, unit: float) -> bool:
+    """Whether a constant is a mask or a table of whole numbers, which no rounding made.
+
+    The half types round much to whole numbers: of theirs only masks of 0 and 1.
+    """
+    size = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).abs()
+    return bool((size == size.round()).all()) and (unit < 2.0**-20 or bool((size <= 1).all()))
+
+
+def _exactly(args: Any, kwargs: Any, added: bool, precision: Precision) -> bool:
+    """Whether the dtype computes whole numbers from such arguments as float64 does.
+
+    Numbers in the code round to the dtype; sums may grow on the way.
+    """
+    numbers = [each for each in (*args, *kwargs.values()) if isinstance(each, float)]
+    if any(each % 1 for each in numbers if math.isfinite(each)):
+        return False
+    size = args[0].abs().sum() if added and args[0].is_floating_point() else 0.0
+    return bool(size <= 2.0**precision.digits)
+
+
 def _doubled(tensor: Tensor) -> Tensor:
     return tensor.to(kept_dtype(tensor, torch.float64))
 
@@ -169,7 +192,8 @@ _EXACT |= {"max", "min", "amax", "amin", "sort", "topk", "kthvalue", "median", "
 _EXACT |= {"tril", "triu", "flip", "roll", "repeat", "constant_pad_nd", "index_select"}
 
 #: Operations that compute whole numbers from whole numbers exactly, beside those on single numbers.
-_WHOLE = {"sum", "cumsum", "ones", "ones_like", "new_ones", "full", "full_like", "new_full"}
+_ADDED = {"sum", "cumsum"}
+_WHOLE = _ADDED | {"ones", "ones_like", "new_ones", "full", "full_like", "new_full"}
 _WHOLE |= {"arange", "eye", "fill", "scalar_tensor", "one_hot", "scatter"}
 
 #: Operations that add many terms.

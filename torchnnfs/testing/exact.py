@@ -21,6 +21,7 @@ from torchnnfs.testing.estimate import (
     ROUNDING,
     Arithmetic,
     Expected,
+    counts,
     estimate,
     shaken,
 )
@@ -219,8 +220,8 @@ class Exact:
                     value = to_numpy(numbers)
                     pairs = parts(value)
                     moved = off(pairs, parameters * np.abs(pairs))
-                    if not isinstance(stored, nn.Parameter):  # a mask of ones is one
-                        moved = np.where(pairs == np.rint(pairs), pairs, moved)
+                    if not isinstance(stored, nn.Parameter) and counts(numbers, parameters):
+                        return
                     moved = moved.view(value.dtype).reshape(value.shape)
                     numbers.copy_(torch.from_numpy(moved))
 
@@ -245,7 +246,9 @@ class Exact:
             ):
                 for part in module.modules():
                     if getattr(part, "eps", 0) is None:  # as of RMSNorm: that of the dtype
-                        vars(part)["eps"] = torch.finfo(self.dtype).eps
+                        # Half types are normalised in float32.
+                        wide = torch.promote_types(self.dtype, torch.float32)
+                        vars(part)["eps"] = torch.finfo(wide).eps
                     for each in vars(part).values() if parameters else ():
                         if isinstance(each, Tensor):
                             nudge(each)

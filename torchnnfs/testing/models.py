@@ -11,9 +11,8 @@ import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from types import ModuleType
 from typing import Any, TypeGuard
 
@@ -286,21 +285,16 @@ def borrowed(
         except Exception as error:
             raise ValueError(_failure(model, error, (args, kwargs))) from error
 
-    with _BORROWED:
-        kept = [_keep(module) for module in model.modules()]
-        default = torch.get_default_dtype()
-        try:
-            for module in model.modules():
-                for name, value in list(vars(module).items()):
-                    if isinstance(value, Tensor):
-                        vars(module)[name] = cast(value, device, dtype)
-            if dtype is not None and own_dtype(model, ()) != dtype:
-                torch.set_default_dtype(dtype)  # for tensors that a forward makes
-            yield run
-        finally:
-            torch.set_default_dtype(default)
-            for restore in kept:
-                restore()
+    with _BORROWED, ExitStack() as undo:
+        undo.callback(torch.set_default_dtype, torch.get_default_dtype())
+        for module in model.modules():
+            _keep(module, undo)
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor):
+                    vars(module)[name] = cast(value, device, dtype)
+        if dtype is not None and own_dtype(model, ()) != dtype:
+            torch.set_default_dtype(dtype)  # for tensors that a forward makes
+        yield run
 
 
 def _failure(model: nn.Module, error: Exception, given: Any) -> str:
@@ -318,8 +312,12 @@ def _failure(model: nn.Module, error: Exception, given: Any) -> str:
     return words
 
 
-def _keep(module: nn.Module) -> Callable[[], None]:
-    """What restores the module's attributes after a forward that changes them.
+#: What nothing can be written into, and most of what models keep.
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
+
+
+def _keep(module: nn.Module, undo: ExitStack) -> None:
+    """Let `undo` restore the module's attributes after a forward that changes them.
 
     Also what is in their containers, in tensors there, and in objects that are no modules, such as
     a cache with layers; not further, where a whole program may hang on an object.
@@ -327,47 +325,56 @@ def _keep(module: nn.Module) -> Callable[[], None]:
     attributes = dict(vars(module))
     # The module's own tensors are not those that compute.
     own = [*attributes.values(), *module._parameters.values(), *module._buffers.values()]
-    undo: dict[int, Any] = {id(each): None for each in own if isinstance(each, Tensor)}
+    seen: dict[int, Any] = {id(each): each for each in own if isinstance(each, Tensor)}
 
     def keep(value: Any, objects: int = 2) -> None:
-        if id(value) in undo or isinstance(value, nn.Module | type | ModuleType):
+        if id(value) in seen or isinstance(value, nn.Module | type | ModuleType):
             return
+        seen[id(value)] = value
         inner = vars(value) if hasattr(value, "__dict__") and not callable(value) else ()
         if isinstance(value, Tensor):
-            if value.layout == torch.strided and not value.is_meta:
-                undo[id(value)] = partial(_rewrite, value, value.detach().clone())
+            if value.layout == torch.strided and not (value.is_meta or value.is_quantized):
+                undo.callback(_rewrite, value, value.detach().clone())
         elif isinstance(value, torch.Generator):
-            undo[id(value)] = partial(value.set_state, value.get_state())
+            undo.callback(value.set_state, value.get_state())
         elif isinstance(value, np.ndarray):
-            undo[id(value)] = partial(np.copyto, value, value.copy())
-        elif isinstance(value, dict | list | set | deque):
-            undo[id(value)] = partial(_refill, value, copy.copy(value))
-            for each in value.values() if isinstance(value, dict) else value:
-                keep(each, objects)
-        elif isinstance(value, tuple):
-            for each in value:
-                keep(each, objects)
+            if value.flags.writeable:
+                undo.callback(np.copyto, value, value.copy())
+        elif isinstance(value, dict | list | set | deque | tuple):
+            entries = dict(value) if isinstance(value, dict) else list(value)
+            if not isinstance(value, tuple):
+                undo.callback(_refill, value, entries)
+            for each in entries.values() if isinstance(entries, dict) else entries:
+                if not isinstance(each, _PLAIN):
+                    keep(each, objects)
         elif inner and objects:
             keep(inner, objects - 1)
-
-    for each in attributes.values():
-        keep(each)
 
     def restore() -> None:
         vars(module).clear()
         vars(module).update(attributes)
-        for each in filter(None, undo.values()):
-            each()
 
-    return restore
+    undo.callback(restore)
+    for each in attributes.values():
+        keep(each)
 
 
 def _rewrite(tensor: Tensor, numbers: Tensor) -> None:
-    if not torch.equal(tensor, numbers):  # autograd is told of each write
-        tensor.detach().copy_(numbers)
+    if tensor.shape != numbers.shape:
+        with torch.no_grad():
+            tensor.set_(numbers.untyped_storage(), 0, numbers.shape, numbers.stride())
+    elif not ((tensor == numbers) | (tensor != tensor) & (numbers != numbers)).all():
+        tensor.detach().copy_(numbers)  # and not in vain: autograd is told of each write
 
 
 def _refill(container: Any, entries: Any) -> None:
+    if isinstance(container, dict):
+        same = [*map(id, container.values())] == [*map(id, entries.values())]
+        same = same and [*container] == [*entries]
+    else:
+        same = [*map(id, container)] == [*map(id, entries)]
+    if same:  # some containers forbid to be written
+        return
     container.clear()
     container.extend(entries) if isinstance(container, list | deque) else container.update(entries)
 
