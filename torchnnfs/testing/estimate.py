@@ -130,9 +130,8 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         # Sums of many equal terms round in one direction: allow for the root of their number.
         terms = _terms(args, result) if name in _SUMS else 1.0
-        if name.lstrip("_").startswith(
-            "upsample"
-        ):  # so much the places between which it looks may round
+        if name.lstrip("_").startswith("upsample"):
+            # So much the places between which it looks may round.
             terms = float(max(result.shape[2:])) ** 2
         if not writes:
             return convert(result, Tensor, lambda tensor: self.stored(tensor, terms))
