@@ -442,7 +442,7 @@ def test_the_reasons_say_how_wide_and_how_many():
     heavy = fuse(classifier(2, 256, 256, 3))
     with torch.no_grad():
         heavy(torch.ones(3, 2))
-        words = "eager, since with so many weights fewer than 64 samples cost more"
+        words = "eager, since the kernel is slower for fewer than 64 samples"
         assert heavy.formulation == words
         heavy(torch.ones(64, 2))
     assert heavy.formulation == "kernel"

@@ -76,7 +76,7 @@ class _Structure:
     def elsewhere(self, input: Any, compiling: bool = False) -> str:
         """Why the layers must compute, as things are outside of them; "" if they need not.
 
-        What is `compiling` is a mode itself, and takes subclasses apart.
+        torch.compile and torch.export work by modes of their own: `compiling` passes these over.
         """
         for sequence, layers in self.sequences:
             if [*sequence._modules.values()] != layers:
@@ -139,9 +139,7 @@ class _Structure:
             return "the softmax is along another dimension than the last"
         samples = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
         if samples < kernel.least:
-            return (
-                kernel.reason or f"with so many weights fewer than {kernel.least} samples cost more"
-            )
+            return kernel.reason or f"the kernel is slower for fewer than {kernel.least} samples"
         if not input.is_contiguous() or input.is_neg():
             copy = input.detach().resolve_neg().contiguous()
             return held, (samples, copy.data_ptr(), held.places), copy

@@ -131,7 +131,7 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Sums of many equal terms round in one direction: allow for the root of their number.
         terms = _terms(args, result) if name in _SUMS else 1.0
         if name.lstrip("_").startswith("upsample"):
-            # So much the places between which it looks may round.
+            # The places between which it interpolates may round by so much.
             terms = float(max(result.shape[2:])) ** 2
         if not writes:
             return convert(result, Tensor, lambda tensor: self.stored(tensor, terms))
@@ -190,7 +190,7 @@ _EXACT |= {"relu", "threshold", "clamp", "embedding", "cat", "stack", "index", "
 _EXACT |= {"max", "min", "amax", "amin", "sort", "topk", "kthvalue", "median", "masked_fill"}
 _EXACT |= {"tril", "triu", "flip", "roll", "repeat", "constant_pad_nd", "index_select"}
 
-#: Operations that compute whole numbers from whole numbers exactly, beside those on single numbers.
+#: Operations that compute whole numbers from whole numbers exactly, beside the pointwise ones.
 _ADDED = {"sum", "cumsum"}
 _WHOLE = _ADDED | {"ones", "ones_like", "new_ones", "full", "full_like", "new_full"}
 _WHOLE |= {"arange", "eye", "fill", "scalar_tensor", "one_hot", "scatter"}

@@ -216,14 +216,14 @@ class Exact:
 
             def nudge(stored: Tensor) -> None:
                 *_, numbers = pieces(stored)
-                if numbers.is_floating_point() or numbers.is_complex():
-                    value = to_numpy(numbers)
-                    pairs = parts(value)
-                    moved = off(pairs, parameters * np.abs(pairs))
-                    if not isinstance(stored, nn.Parameter) and counts(numbers, parameters):
-                        return
-                    moved = moved.view(value.dtype).reshape(value.shape)
-                    numbers.copy_(torch.from_numpy(moved))
+                if not (numbers.is_floating_point() or numbers.is_complex()):
+                    return
+                if not isinstance(stored, nn.Parameter) and counts(numbers, parameters):
+                    return
+                value = to_numpy(numbers)
+                pairs = parts(value)
+                moved = off(pairs, parameters * np.abs(pairs))
+                numbers.copy_(torch.from_numpy(moved.view(value.dtype).reshape(value.shape)))
 
             for each in state.values() if parameters else ():
                 nudge(each)

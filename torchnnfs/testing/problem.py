@@ -99,8 +99,12 @@ class Problem:
         if not self.is_own or not self.reference.judges_output:
             return None
         module = self.reference.module
-        plain = module is not None and not self.mismatch and self.model.plain and self.end.plain
-        if plain and module is not None and self._same_parameters(module):
+        if (
+            module is not None
+            and not self.mismatch
+            and (self.model.plain and self.end.plain)
+            and self._same_parameters(module)
+        ):
             return None  # its formulas are all that it computes
         ours, answer = self.model.inside("", _DOUBLE), self._answer
         theirs = ours if module is None else self.end.inside("", _DOUBLE)

@@ -81,7 +81,8 @@ def convert(
     if isinstance(value, Mapping):
         found = {key: convert(entry, kind, change, whole) for key, entry in value.items()}
         if type(value) is not dict and isinstance(value, MutableMapping):
-            with suppress(Exception):  # of somebody's own type: it may forbid anything
+            # Somebody's own type may forbid this: then a plain dictionary serves.
+            with suppress(TypeError, ValueError, LookupError, AttributeError, RuntimeError):
                 same = copy.copy(value)
                 for key, entry in found.items():
                     same[key] = entry
