@@ -399,3 +399,11 @@ def test_beside_a_reference_it_is_said_who_is_far_from_the_model(candidate, refe
     assert row.label == "(output) Sequential"
     assert f"; {words}" in row.reason
     assert row.reason.count(";") == 1
+
+
+def test_where_nothing_is_judged_nothing_is_said_to_differ():
+    nowhere = replace(same(np.zeros(3)), unbounded=3)
+    found = Finding("", "(output)", "", "ReLU", None, nowhere, remark="the code differs")
+    told = row_of(trace(output=np.zeros(3)), found)
+    assert told.state == "not judged"
+    assert told.reason == "no error can be told from rounding: float32 may overflow or cancel out"

@@ -543,3 +543,10 @@ def test_several_recorded_arrays_are_cut_into_batches():
     assert (found.layer, found.worst.index) == ("(output)[1]", (19,))
     with pytest.raises(ValueError, match=r"the array for the output\[1\] to have a row for each"):
         compare(model, batches, reference=(y, y[:9, 0]), controls=False)
+
+
+def test_a_coarse_recorded_array_is_no_excess_of_the_first_layer():
+    torch.manual_seed(0)
+    model, x = Parallel(), torch.randn(50, 3)
+    coarse = model.a(x).detach().half()
+    assert compare(model, x, reference={"a": coarse}, candidates=["eager"], controls=False).ok

@@ -86,8 +86,7 @@ class Arithmetic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         if not self.whole:
             return moved
-        size, p = tensor.abs(), self.precision
-        exact = (size <= 2.0**p.digits) & (tensor == tensor.round()) | (size == p.largest)
+        exact = (tensor.abs() <= 2.0**self.precision.digits) & (tensor == tensor.round())
         return torch.where(exact, tensor, moved)
 
     def unrounded(self, tensor: Tensor) -> Tensor:
